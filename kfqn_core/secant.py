@@ -1,0 +1,149 @@
+"""Inverse Hessian estimates from secant pairs: the BFGS update, and its limited-memory form.
+
+A pair `(s, y)` is a step and the change of the gradient over it. Every estimate `H` here is symmetric and sends the
+newest `y` to its `s`, which the true inverse Hessian of a quadratic does. Vectors are `[..., n]` and matrices
+`[..., n, n]` with the same leading batch dimensions. Nothing here reads a tensor's value on the host.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def bfgs_inverse_update(H: Tensor, s: Tensor, y: Tensor) -> Tensor:
+    """The BFGS update of an inverse Hessian estimate: a new `H+` with `H+ y = s`.
+
+    H+ = (I - rho s y^T) H (I - rho y s^T) + rho s s^T with rho = 1 / s^T y (chapter 2; Nocedal & Wright, eq. 6.17).
+
+    Parameters
+    ----------
+    H : `[..., n, n]`, symmetric; of a slightly unsymmetric `H` the symmetric part is used. It is not changed.
+    s, y : `[..., n]`, the step and the change of the gradient, with the leading dimensions of `H`.
+
+    Returns
+    -------
+    `H+`, `[..., n, n]`. Eagerly computed it equals its own transpose bit for bit; a compiler that fuses multiplications
+    into additions may leave a rounding error. For a positive definite `H`, `H+` is positive definite if and only if
+    `s^T y > 0`. That is **not checked**, since a check would wait for the device: the caller damps the pair, or drops
+    `H+` with `torch.where`. For `s^T y = 0` the entries are infinite or NaN.
+
+    Raises
+    ------
+    TypeError, ValueError : for tensors whose dtypes or shapes do not fit together.
+    """
+    _check_pair(s, y)
+    if H.dim() < 2 or H.shape[-1] != H.shape[-2] or H.shape[:-1] != s.shape:
+        raise ValueError(
+            f"H must be [..., n, n] for pairs [..., n], got H {list(H.shape)} and s {list(s.shape)}; "
+            "give all three the same leading batch dimensions"
+        )
+    if H.dtype != s.dtype:
+        raise TypeError(f"H and the pair must share a dtype, got {H.dtype} and {s.dtype}; convert the pair")
+    H = (H + H.mT) / 2
+    Hy = (H @ y.unsqueeze(-1)).squeeze(-1)
+    sy = (s * y).sum(-1, keepdim=True)
+    yHy = (y * Hy).sum(-1, keepdim=True)
+    # rho appears once in each factor, never squared: rho^2 y^T H y overflows long before H+ does.
+    left = (1 + yHy / sy) / 2 * s - Hy
+    half = left.unsqueeze(-1) * (s / sy).unsqueeze(-2)
+    return H + (half + half.mT)
+
+
+class LimitedMemoryInverse:
+    """The inverse BFGS estimate of the last `memory` pairs, started from `gamma` I, without forming a matrix of `size`.
+
+    With the pairs as rows of `S` and `Y`, oldest first, `R = triu(S Y^T)` and `D = diag(S Y^T)` (chapter 2; Byrd,
+    Nocedal & Schnabel 1994, Theorem 2.2),
+
+        H = gamma I + S^T R^-T (D + gamma Y Y^T) R^-1 S - gamma S^T R^-T Y - gamma Y^T R^-1 S.
+
+    The state has fixed shapes and changes in place, and nothing is counted on the host: a CUDA graph can replay
+    `append` and `apply`. Without a pair, `H = gamma I`.
+
+    Parameters
+    ----------
+    size : length n of the vectors.  memory : number of pairs kept.  gamma : positive scale of the initial matrix.
+    batch : leading dimensions, one independent estimate per entry.  dtype, device : of the state, as in `torch.zeros`.
+
+    Attributes
+    ----------
+    S, Y : `[*batch, memory, size]`, oldest pair first; slots not yet filled are zero rows at the front.
+    R_inv : `[*batch, memory, memory]`, the inverse of `R`, with the identity on empty slots.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        memory: int,
+        gamma: float = 1.0,
+        *,
+        batch: Sequence[int] = (),
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        for name, value in (("size", size), ("memory", memory)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if not (math.isfinite(gamma) and gamma > 0):
+            raise ValueError(f"gamma must be positive and finite, got {gamma!r}; H = gamma I must be positive definite")
+        self.gamma = float(gamma)
+        self.S = torch.zeros(*batch, memory, size, dtype=dtype, device=device)
+        self.Y = torch.zeros_like(self.S)
+        self.R_inv = torch.eye(memory, dtype=dtype, device=device).expand(*batch, memory, memory).contiguous()
+
+    def append(self, s: Tensor, y: Tensor, keep: Tensor | None = None) -> None:
+        """Put the pair `s, y` (`[*batch, size]`) last and drop the oldest slot; where `keep` is False, change nothing.
+
+        `keep` is a bool tensor of shape `[*batch]`; None keeps every pair. As for `bfgs_inverse_update`, the caller
+        answers for `s^T y > 0`. A pair that is not kept may hold anything, NaN included.
+        """
+        _check_pair(s, y)
+        expected = (*self.S.shape[:-2], self.S.shape[-1])
+        if s.shape != expected:
+            raise ValueError(f"a pair of this estimate has shape {list(expected)}, got {list(s.shape)}")
+        if s.dtype != self.S.dtype:
+            raise TypeError(f"this estimate holds {self.S.dtype}, got a pair of {s.dtype}; convert the pair")
+        if keep is not None and (keep.dtype != torch.bool or keep.shape != expected[:-1]):
+            raise ValueError(
+                f"keep must be a bool tensor of shape {list(expected[:-1])}, got {keep.dtype} {list(keep.shape)}"
+            )
+        # R is upper triangular: without its first row and column, its inverse is R^-1 without first row and column.
+        # An entry of R^-1 depends only on entries between its row and its column, so nothing of a dropped pair, not
+        # even its rounding error, survives: the running inverse is as good as one computed afresh.
+        sy = (s * y).sum(-1)[..., None, None]
+        kept = self.R_inv[..., 1:, 1:]
+        column = -kept @ (self.S[..., 1:, :] @ y.unsqueeze(-1)) / sy
+        last_row = torch.cat([torch.zeros_like(column.mT), 1 / sy], dim=-1)
+        R_inv = torch.cat([torch.cat([kept, column], dim=-1), last_row], dim=-2)
+        S = torch.cat([self.S[..., 1:, :], s.unsqueeze(-2)], dim=-2)
+        Y = torch.cat([self.Y[..., 1:, :], y.unsqueeze(-2)], dim=-2)
+        for state, new in ((self.S, S), (self.Y, Y), (self.R_inv, R_inv)):
+            state.copy_(new if keep is None else torch.where(keep[..., None, None], new, state))
+
+    def apply(self, V: Tensor) -> Tensor:
+        """`H V` for `V` of shape `[*batch, size, k]`, in about `8 memory size k` flops (`size > memory`)."""
+        if V.dim() < 2 or V.shape[:-1] != (*self.S.shape[:-2], self.S.shape[-1]):
+            raise ValueError(f"V must be {[*self.S.shape[:-2], self.S.shape[-1], 'k']}, got {list(V.shape)}")
+        if V.dtype != self.S.dtype:
+            raise TypeError(f"this estimate holds {self.S.dtype}, got V of {V.dtype}; convert V")
+        # The compact form, grouped so that Y Y^T is never formed: with w = R^-1 S V and U = V - Y^T w,
+        # H V = gamma U + S^T R^-T (D w - gamma Y U).
+        diagonal = (self.S * self.Y).sum(-1, keepdim=True)
+        w = self.R_inv @ (self.S @ V)
+        U = V - self.Y.mT @ w
+        return self.gamma * U + self.S.mT @ (self.R_inv.mT @ (diagonal * w - self.gamma * (self.Y @ U)))
+
+    def dense(self) -> Tensor:
+        """`H` as a matrix `[*batch, size, size]`, for inspection and tests."""
+        size = self.S.shape[-1]
+        identity = torch.eye(size, dtype=self.S.dtype, device=self.S.device)
+        return self.apply(identity.expand(*self.S.shape[:-2], size, size))
+
+
+def _check_pair(s: Tensor, y: Tensor) -> None:
+    if not s.is_floating_point() or s.dtype != y.dtype:
+        raise TypeError(f"s and y must share a real floating dtype, got {s.dtype} and {y.dtype}")
+    if s.dim() < 1 or s.shape != y.shape:
+        raise ValueError(f"s and y must have the same shape [..., n], got {list(s.shape)} and {list(y.shape)}")
