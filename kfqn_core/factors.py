@@ -1,0 +1,204 @@
+"""The running estimates of the two factors of one layer: `H_a ~ (A + lambda_A I)^-1` and `H_g ~ G^-1`.
+
+Both are kept by BFGS updates and never by a repeated inversion (derived in chapters 6 and 7). Every tensor is
+allocated once and updated in place, so that a step reads nothing on the host and its addresses do not move. Whether a
+pair is good enough to be used is a tensor too: a refused pair writes the old values back.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kfqn_core.damping import double_damping
+from kfqn_core.layers import LayerView
+from kfqn_core.secant import LimitedMemoryInverse, bfgs_inverse_update
+
+CURVATURE_TEST = 1e-4
+"""A pair is used only if `s'y > 1e-4 ||s||^2 ||v||` (the authors' public code of 2020)."""
+
+
+def acceptable(s: Tensor, y: Tensor, v: Tensor) -> Tensor:
+    """Whether a BFGS pair is worth using: `s'y > 1e-4 ||s||^2 ||v||`, positive, and finite.
+
+    Args:
+        s, y: `[..., n]`, the (damped) pair.
+        v: `[..., k]`, the vector whose norm sets the scale: the mean gradient for `H_g`, the mean input for `H_a`.
+
+    Returns:
+        Boolean `[...]`. False for anything that is not finite: a comparison with NaN is false.
+    """
+    sy = (s * y).sum(-1)
+    threshold = CURVATURE_TEST * (s * s).sum(-1) * v.norm(dim=-1)
+    return (sy > threshold) & (sy > 0) & torch.isfinite(sy) & torch.isfinite(y).all(-1)
+
+
+class DenseInverse:
+    """A dense inverse Hessian estimate with the interface of :class:`~kfqn_core.secant.LimitedMemoryInverse`.
+
+    Args:
+        size: n.
+        batch: leading shape; a layer with groups keeps one matrix per group.
+
+    Attributes:
+        H: `[*batch, n, n]`, the identity at first.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        batch: tuple[int, ...] = (),
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ):
+        self.H = torch.eye(size, dtype=dtype, device=device).repeat(*batch, 1, 1)
+
+    def append(self, s: Tensor, y: Tensor, keep: Tensor) -> None:
+        """BFGS update with `(s, y)` `[*batch, n]` where `keep` `[*batch]` holds and the result is finite."""
+        H = bfgs_inverse_update(self.H, s, y)
+        keep = keep & torch.isfinite(H).all(-1).all(-1)
+        self.H.copy_(torch.where(keep[..., None, None], H, self.H))
+
+    def apply(self, V: Tensor) -> Tensor:
+        """`H V` for `V` `[*batch, n, k]`."""
+        return self.H @ V
+
+    def dense(self) -> Tensor:
+        """`H` itself, `[*batch, n, n]`."""
+        return self.H
+
+
+class ActivationFactor:
+    """`H_a`, by Hessian action: a BFGS update whose pair is `(H_a abar, (A + lambda_A I) H_a abar)`.
+
+    The curvature along the pair is exact, `s'y = s'(A + lambda_A I)s > 0`, so no damping is needed (chapter 6).
+
+    Args:
+        view: the layer.
+        damping: `lambda_A`, added to the diagonal of `A`.
+        decay: weight of the past in the running average of `A`. `None` keeps no `A` at all: its action is taken from
+            the current mini-batch, without forming it.
+
+    Attributes:
+        A: `[groups, d_in, d_in]` running average, or `None`.
+        inverse: `H_a`, `[groups, d_in, d_in]`.
+        started: whether `start` has been called; until then `H_a` is the identity.
+    """
+
+    def __init__(
+        self, view: LayerView, damping: float, decay: float | None, *, dtype: torch.dtype, device: torch.device
+    ):
+        self.view = view
+        self.damping = damping
+        self.decay = decay
+        shape = (view.groups, view.d_in, view.d_in)
+        self.A = None if decay is None else torch.zeros(shape, dtype=dtype, device=device)
+        self.inverse = DenseInverse(view.d_in, batch=(view.groups,), dtype=dtype, device=device)
+        self.started = False
+
+    @property
+    def H(self) -> Tensor:
+        """`H_a`, `[groups, d_in, d_in]`."""
+        return self.inverse.H
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that lives from one step to the next, by name."""
+        average = {} if self.A is None else {"A": self.A}
+        return {**average, "H_a": self.inverse.H}
+
+    def start(self, A: Tensor) -> None:
+        """`H_a = (A + lambda_A I)^-1`, the only inversion of its life. A non-finite `A` counts as zero.
+
+        Args:
+            A: `[groups, d_in, d_in]`, from a warm start or the first mini-batch.
+        """
+        H = self.inverse.H
+        A = A.to(H.dtype)
+        A = torch.where(torch.isfinite(A).all(), A, 0.0)
+        if self.A is not None:
+            self.A.copy_(A)
+        damped = A + self.damping * torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
+        # cholesky_ex does not check on the host; A + lambda I with lambda > 0 is positive definite.
+        H.copy_(torch.cholesky_inverse(torch.linalg.cholesky_ex(damped).L))
+        self.started = True
+
+    def average(self, A: Tensor, finite: Tensor) -> None:
+        """`A <- decay A + (1 - decay) A_batch` where `finite` holds."""
+        if self.A is None or self.decay is None:
+            raise ValueError("this factor keeps no A: it was made with decay=None; give a decay in [0, 1)")
+        self.A.lerp_(torch.where(finite, A.to(self.A.dtype), self.A), 1.0 - self.decay)
+
+    def update(self, x: Tensor, finite: Tensor) -> None:
+        """One Hessian-action update of `H_a` from the layer's input `x` of this mini-batch, where `finite` holds."""
+        H = self.inverse.H
+        a_mean = self.view.mean_input(x).to(H.dtype)
+        s = (H @ a_mean[..., None])[..., 0]
+        if self.A is None:
+            action = self.view.activation_action(x, s.to(x.dtype)).to(H.dtype)
+        else:
+            action = (self.A @ s[..., None])[..., 0]
+        y = action + self.damping * s
+        self.inverse.append(s, y, acceptable(s, y, a_mean) & finite)
+
+
+class GradientFactor:
+    """`H_g`, by damped BFGS on averaged pairs of mean pre-activations and their mean gradients (chapter 7).
+
+    Args:
+        view: the layer.
+        damping: `lambda_G`, the `mu2` of the second damping.
+        memory: number of pairs of the limited-memory form, or `None` for a dense matrix.
+        pair_momentum: weight of the past in the running averages of `s` and `y`.
+        mu1: the first damping keeps `s'y >= mu1 y'H_g y`.
+
+    Attributes:
+        s_mean, y_mean: `[groups, d_out]`, the running averages, *before* damping: damping acts on copies.
+        inverse: `H_g`, dense or limited-memory.
+    """
+
+    def __init__(
+        self,
+        view: LayerView,
+        damping: float,
+        memory: int | None,
+        *,
+        pair_momentum: float,
+        mu1: float,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        self.mu1, self.mu2 = mu1, damping
+        self.pair_momentum = pair_momentum
+        self.s_mean = torch.zeros(view.groups, view.d_out, dtype=dtype, device=device)
+        self.y_mean = torch.zeros_like(self.s_mean)
+        self.inverse: DenseInverse | LimitedMemoryInverse
+        if memory is None:
+            self.inverse = DenseInverse(view.d_out, batch=(view.groups,), dtype=dtype, device=device)
+        else:
+            self.inverse = LimitedMemoryInverse(view.d_out, memory, batch=(view.groups,), dtype=dtype, device=device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that lives from one step to the next, by name."""
+        pairs = {"s_mean": self.s_mean, "y_mean": self.y_mean}
+        if isinstance(self.inverse, DenseInverse):
+            return {**pairs, "H_g": self.inverse.H}
+        return {**pairs, "S": self.inverse.S, "Y": self.inverse.Y, "R_inv": self.inverse.R_inv}
+
+    def update(self, s: Tensor, y: Tensor, g_mean: Tensor, finite: Tensor) -> None:
+        """Average the pair, damp a copy of the average, update `H_g` with it.
+
+        Args:
+            s: `[groups, d_out]`, change of the mean pre-activation over the step.
+            y: `[groups, d_out]`, change of the mean per-sample gradient over the same step.
+            g_mean: `[groups, d_out]`, the mean per-sample gradient before the step.
+            finite: boolean scalar; where false nothing changes.
+        """
+        dtype = self.s_mean.dtype
+        s, y = s.to(dtype), y.to(dtype)
+        finite = finite & torch.isfinite(s).all() & torch.isfinite(y).all()
+        self.s_mean.lerp_(torch.where(finite, s, self.s_mean), 1.0 - self.pair_momentum)
+        self.y_mean.lerp_(torch.where(finite, y, self.y_mean), 1.0 - self.pair_momentum)
+        H_y = self.inverse.apply(self.y_mean[..., None])[..., 0]
+        s, y = double_damping(H_y, self.s_mean, self.y_mean, self.mu1, self.mu2)
+        self.inverse.append(s, y, acceptable(s, y, g_mean.to(dtype)) & finite)

@@ -1,0 +1,331 @@
+"""KFQN: the Kronecker-factored quasi-Newton optimizer (chapter 8).
+
+Three strata: pure kernels (`algebra`, `secant`, `damping`), the update of one layer (`factors`, `update`), and here what
+owns parameters and state and fixes the order of things. A layer `h = W a` moves along `D = H_g M H_a`, where `M` is the
+momentum of its gradient matrix: `vec(D) = (H_a (x) H_g) vec(M)`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfqn_core.capture import Capture, Record
+from kfqn_core.second_pass import SecondPass, cuda_devices, restored
+from kfqn_core.update import Layer, curvature_layers
+
+PAIRS = (None, "second_pass")
+STEP_LENGTHS = ("raw", "normalised")
+
+
+class KFQN(torch.optim.Optimizer):
+    """Kronecker-factored quasi-Newton for the `nn.Linear` layers of a model; momentum for its other parameters.
+
+    With the default `pairs=None` it is used as Adam is: `loss.backward(); optimizer.step()`. With `pairs="second_pass"`,
+    the papers' method, `step` takes a closure as `torch.optim.LBFGS` does, and evaluates it twice on one mini-batch:
+
+        def closure():
+            optimizer.zero_grad()
+            loss = loss_fn(model(x), y)     # a mean over the samples of the mini-batch
+            loss.backward()
+            return loss
+        optimizer.step(closure)
+
+    Args:
+        model: its `nn.Linear` layers with trainable parameters of their own become curvature layers (see `describe`).
+        lr: step length.
+        pairs: `None` leaves `H_g` the identity; `"second_pass"` measures its secant pair on the same mini-batch, after
+            the step.
+        damping: lambda. With pairs it is split evenly, `lambda_A = lambda_G = sqrt(lambda)`, as in 2020, and must be
+            below 1 (double damping needs `mu2 = lambda_G < 1`). Without pairs `A` carries it all, `lambda_A = lambda`.
+        activation_decay: weight of the past in the running average of `A`; `None` takes the action of `A` from the
+            current mini-batch and keeps no `A`.
+        memory: pairs kept by a limited-memory `H_g` (K-BFGS(L)); `None` keeps a dense `H_g`.
+        momentum: weight of the past in the running average of the gradient (not bias-corrected).
+        pair_momentum: weight of the past in the running average of the secant pairs. Use 0 with full-batch gradients.
+        mu1: Powell's constant for `H_g`, in (0, 1).
+        weight_decay: tau, added to the gradient as `tau [W | b]` (coupled, biases included).
+        refresh: curvature is updated every `refresh` steps; only these steps pay for a second pass.
+        step_length: `"raw"` moves by `lr D` (the papers); `"normalised"` by `lr 0.2 sqrt(numel D) / ||D||_F D`.
+
+    Raises:
+        ValueError: for an option out of range, or a model without a supported layer.
+
+    `loss` must be a mean over samples (axis 0): per-sample gradients are recovered from it by the batch size. A step
+    whose loss or gradient is not finite changes neither parameters nor curvature and is counted in `skipped_steps`.
+    Parameters outside curvature layers move by `lr` times their averaged gradient.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 0.03,
+        *,
+        pairs: str | None = None,
+        damping: float = 0.03,
+        activation_decay: float | None = None,
+        memory: int | None = None,
+        momentum: float = 0.9,
+        pair_momentum: float = 0.9,
+        mu1: float = 0.2,
+        weight_decay: float = 0.0,
+        refresh: int = 1,
+        step_length: str = "normalised",
+    ):
+        _check_options(
+            lr=lr, pairs=pairs, damping=damping, activation_decay=activation_decay, memory=memory, momentum=momentum,
+            pair_momentum=pair_momentum, mu1=mu1, weight_decay=weight_decay, refresh=refresh, step_length=step_length,
+        )  # fmt: skip
+        modules, rest = curvature_layers(model)
+        if not modules:
+            raise ValueError(
+                f"{type(model).__name__} has no nn.Linear layer with trainable parameters of its own, so there is "
+                "nothing for KFQN to do: unfreeze a layer, or use another optimizer"
+            )
+        self._layers = [
+            Layer.build(
+                name, module, layer_view,
+                damping=_split(damping, pairs), pairs=pairs, activation_decay=activation_decay, memory=memory,
+                pair_momentum=pair_momentum, mu1=mu1,
+            )
+            for name, (module, layer_view) in modules.items()
+        ]  # fmt: skip
+        curvature = [p for layer in self._layers for p in (layer.weight, layer.bias) if p is not None]
+        groups: list[dict[str, Any]] = [{"params": curvature}]
+        if rest:
+            groups.append({"params": list(rest.values())})
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        for layer in self._layers:
+            self.state[layer.weight] = layer.tensors()
+        for p in rest.values():
+            self.state[p] = {"M": torch.zeros_like(p)}
+        self._model = model
+        self._second_pass = pairs == "second_pass"
+        self._normalised = step_length == "normalised"
+        self._refresh = refresh
+        self._steps = 0
+        self._warm_started = False
+        self._skipped = torch.zeros((), dtype=torch.int64, device=curvature[0].device)
+        self._capture = Capture(model, modules, outputs=self._second_pass)
+
+    @property
+    def layers(self) -> dict[str, Layer]:
+        """The curvature layers by name: parameters, momentum `M` and both factors."""
+        return {layer.name: layer for layer in self._layers}
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps so far whose loss or gradient was not finite. Reading it waits for the device."""
+        return int(self._skipped)
+
+    def remove_hooks(self) -> None:
+        """Take every hook off the model; the optimizer cannot step afterwards."""
+        self._capture.remove()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused once the optimizer stands: a layer's weight and bias belong together, and to one model.
+
+        Raises:
+            ValueError: make a new `KFQN` over a module that holds all layers instead.
+        """
+        if hasattr(self, "_capture"):
+            raise ValueError(
+                "KFQN takes its parameters from a model and cannot adopt more later; create a new KFQN over a module that "
+                "holds all layers, or give the new parameters to an optimizer of their own"
+            )
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def warm_start(self, batches: Iterable[Tensor]) -> None:
+        """Estimate every `A` from `batches` before the first step, as the 2020 method does over the whole training set.
+
+        Args:
+            batches: mini-batches of model inputs (not of pairs with targets).
+
+        One forward pass each, without gradients; buffers and random generators are restored. `A` is the mean over samples,
+        and `H_a = (A + lambda_A I)^-1`.
+
+        Raises:
+            RuntimeError: after the first step, or if a layer was not used.
+            ValueError: if `batches` is empty.
+        """
+        if self._steps:
+            raise RuntimeError("warm_start comes before the first step; this optimizer has already stepped")
+        sums = {layer.name: torch.zeros_like(layer.activation.H) for layer in self._layers}
+        samples = 0
+        with restored(self._model, cuda_devices(self._params())), self._capture.inputs_only():
+            for x in batches:
+                self._model(x)
+                records = self._capture.take()
+                for layer in self._layers:
+                    if layer.name not in records:
+                        raise RuntimeError(
+                            f"layer {layer.name!r} was not used in the forward pass: freeze or remove it"
+                        )
+                    sums[layer.name] += len(x) * layer.view.second_moment(records[layer.name].x)
+                samples += len(x)
+        if samples == 0:
+            raise ValueError("warm_start got no mini-batch; pass an iterable of inputs, e.g. (x for x, _ in loader)")
+        for layer in self._layers:
+            layer.activation.start(sums[layer.name] / samples)
+        self._warm_started = True
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        """One step. Returns the closure's loss at the point before it, or None without a closure.
+
+        Raises:
+            RuntimeError: if `pairs="second_pass"` and no closure is given, or no training forward was seen.
+        """
+        if self._second_pass and closure is None:
+            raise RuntimeError(
+                'pairs="second_pass" evaluates the mini-batch again after the step: call step(closure) with a closure '
+                "that zeroes gradients, computes the loss, calls backward and returns the loss"
+            )
+        refresh = self._steps % self._refresh == 0
+        again = SecondPass(self._model, self._params()) if self._second_pass and refresh else None
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        layers = [layer for layer in self._layers if layer.weight.grad is not None]
+        records = self._records(layers)
+        finite = self._all_finite(loss)
+        self._skipped += ~finite
+
+        for layer in layers:
+            self._observe_inputs(layer, records[layer.name].x, finite)
+            self._move(layer, finite)
+        self._move_rest(finite)
+        if again is not None and closure is not None:
+            with self._capture.frozen_parameters():
+                again.evaluate(closure)
+            after = self._records(layers)
+            for layer in layers:
+                layer.update_gradient_factor(records[layer.name], after[layer.name], finite)
+        if refresh:
+            for layer in layers:
+                layer.activation.update(records[layer.name].x, finite)
+        self._steps += 1
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `torch.optim.Optimizer.state_dict`, with this optimizer's counters; loads under `weights_only=True`."""
+        started = {layer.name: layer.activation.started for layer in self._layers}
+        counters = {"steps": self._steps, "warm_started": self._warm_started, "started": started}
+        return {**super().state_dict(), "kfqn": {**counters, "skipped_steps": self.skipped_steps}}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore `state_dict()`. Factors keep the dtype and device they have here.
+
+        Raises:
+            ValueError: if the state was saved by another optimizer, with other options, or for another model.
+        """
+        if "kfqn" not in state_dict:
+            raise ValueError(f"this is not a state of KFQN: its keys are {sorted(state_dict)}")
+        current = super().state_dict()["state"]
+        here, saved = ({(i, k): v.shape for i, tensors in state.items() for k, v in tensors.items()}
+                       for state in (current, state_dict["state"]))  # fmt: skip
+        if here != saved:
+            differing = sorted({key for (_, key), _ in here.items() ^ saved.items()})
+            raise ValueError(
+                f"the saved state does not fit this optimizer (they differ in {', '.join(differing)}): create KFQN "
+                "with the model and the options (pairs, memory, activation_decay) that it was saved with"
+            )
+        kept = dict(self.state)
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        self.state.update(kept)
+        # Copied in place: torch's own loading would cast factors to the dtype of the parameters.
+        for i, tensors in state_dict["state"].items():
+            for key, value in tensors.items():
+                current[i][key].copy_(value)
+        counters = state_dict["kfqn"]
+        self._steps, self._warm_started = counters["steps"], counters["warm_started"]
+        self._skipped.fill_(counters["skipped_steps"])
+        for layer in self._layers:
+            layer.activation.started = counters["started"][layer.name]
+
+    def _params(self) -> list[nn.Parameter]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _records(self, layers: list[Layer]) -> dict[str, Record]:
+        records = self._capture.take()
+        unseen = [layer.name for layer in layers if layer.name not in records]
+        if unseen or not layers:
+            raise RuntimeError(
+                f"no training forward of {unseen or 'any layer'} was seen before this step: call model.train(), run "
+                "forward and backward through the model that KFQN was given, then step"
+            )
+        return records
+
+    def _all_finite(self, loss: Tensor | None) -> Tensor:
+        norms = torch._foreach_norm([p.grad for p in self._params() if p.grad is not None])
+        scalars = [*norms, loss.detach()] if loss is not None else norms
+        device = self._skipped.device
+        return torch.stack([scalar.float().to(device).reshape(()) for scalar in scalars]).isfinite().all()
+
+    def _observe_inputs(self, layer: Layer, x: Tensor, finite: Tensor) -> None:
+        """The running `A`; at the first step without a warm start also `H_a`. A warm-started `A` sits that step out."""
+        if not layer.activation.started:
+            layer.activation.start(layer.view.second_moment(x))
+        elif layer.activation.A is not None and not (self._warm_started and self._steps == 0):
+            layer.activation.average(layer.view.second_moment(x), finite)
+
+    def _move(self, layer: Layer, finite: Tensor) -> None:
+        group = self.param_groups[0]
+        G = layer.gradient_matrix(group["weight_decay"])
+        layer.M.lerp_(torch.where(finite, G, layer.M), 1.0 - group["momentum"])
+        D = layer.direction()
+        if self._normalised:
+            D = D * (0.2 * math.sqrt(D.numel()) / D.norm().clamp_min(torch.finfo(D.dtype).tiny))
+        layer.move(torch.where(finite, group["lr"] * D, 0.0))
+
+    def _move_rest(self, finite: Tensor) -> None:
+        for group in self.param_groups[1:]:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                M = self.state[p]["M"]
+                G = p.grad.add(p, alpha=group["weight_decay"])
+                M.lerp_(torch.where(finite, G, M), 1.0 - group["momentum"])
+                p.sub_(torch.where(finite, group["lr"] * M, 0.0))
+
+
+def _split(damping: float, pairs: str | None) -> tuple[float, float]:
+    """lambda -> (lambda_A, lambda_G): evenly in the product where both factors are damped."""
+    return (damping, 0.0) if pairs is None else (math.sqrt(damping), math.sqrt(damping))
+
+
+def _check_options(**options: Any) -> None:
+    def number(name: str) -> bool:
+        value = options[name]
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+    def natural(name: str) -> bool:
+        return isinstance(options[name], int) and not isinstance(options[name], bool) and options[name] >= 1
+
+    def require(name: str, accepted: bool, expected: str) -> None:
+        if not accepted:
+            raise ValueError(f"{name} must be {expected}, got {options[name]!r}")
+
+    require("lr", number("lr") and options["lr"] >= 0, "a number >= 0")
+    require("pairs", options["pairs"] in PAIRS, f"one of {PAIRS}")
+    require("damping", number("damping") and options["damping"] > 0, "a number > 0")
+    if options["pairs"] is not None:
+        require("damping", options["damping"] < 1, "below 1 with pairs, since double damping needs sqrt(damping) < 1")
+    else:
+        require("memory", options["memory"] is None, 'None unless H_g is estimated (pairs="second_pass")')
+    require("memory", options["memory"] is None or natural("memory"), "None or a whole number >= 1")
+    require("mu1", number("mu1") and 0 < options["mu1"] < 1, "a number in (0, 1)")
+    for name in ("momentum", "pair_momentum"):
+        require(name, number(name) and 0 <= options[name] < 1, "a number in [0, 1)")
+    name = "activation_decay"
+    require(name, options[name] is None or (number(name) and 0 <= options[name] < 1), "None or a number in [0, 1)")
+    require("weight_decay", number("weight_decay") and options["weight_decay"] >= 0, "a number >= 0")
+    require("refresh", natural("refresh"), "a whole number >= 1")
+    require("step_length", options["step_length"] in STEP_LENGTHS, f"one of {STEP_LENGTHS}")
