@@ -1,8 +1,8 @@
 """KFQN: the Kronecker-factored quasi-Newton optimizer (chapter 8).
 
-Three strata: pure kernels (`algebra`, `secant`, `damping`), the update of one layer (`factors`, `update`), and here what
-owns parameters and state and fixes the order of things. A layer `h = W a` moves along `D = H_g M H_a`, where `M` is the
-momentum of its gradient matrix: `vec(D) = (H_a (x) H_g) vec(M)`.
+Three strata: pure kernels (`algebra`, `secant`, `damping`), the update of one layer (`factors`, `update`), and here
+what owns parameters and state and fixes the order of things. A layer `h = W a` moves along `D = H_g M H_a`, where `M`
+is the momentum of its gradient matrix: `vec(D) = (H_a (x) H_g) vec(M)`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ STEP_LENGTHS = ("raw", "normalised")
 class KFQN(torch.optim.Optimizer):
     """Kronecker-factored quasi-Newton for the `nn.Linear` layers of a model; momentum for its other parameters.
 
-    With the default `pairs=None` it is used as Adam is: `loss.backward(); optimizer.step()`. With `pairs="second_pass"`,
-    the papers' method, `step` takes a closure as `torch.optim.LBFGS` does, and evaluates it twice on one mini-batch:
+    With the default `pairs=None` it is used as Adam is: `loss.backward(); optimizer.step()`. With
+    `pairs="second_pass"`, the papers' method, `step` takes a closure as `torch.optim.LBFGS` does, and evaluates it
+    twice on the same mini-batch:
 
         def closure():
             optimizer.zero_grad()
@@ -134,8 +135,8 @@ class KFQN(torch.optim.Optimizer):
         """
         if hasattr(self, "_capture"):
             raise ValueError(
-                "KFQN takes its parameters from a model and cannot adopt more later; create a new KFQN over a module that "
-                "holds all layers, or give the new parameters to an optimizer of their own"
+                "KFQN takes its parameters from a model and cannot adopt more later: create a new KFQN over a module "
+                "that holds all layers, or give the new parameters to an optimizer of their own"
             )
         super().add_param_group(param_group)
 
@@ -146,8 +147,8 @@ class KFQN(torch.optim.Optimizer):
         Args:
             batches: mini-batches of model inputs (not of pairs with targets).
 
-        One forward pass each, without gradients; buffers and random generators are restored. `A` is the mean over samples,
-        and `H_a = (A + lambda_A I)^-1`.
+        One forward pass each, without gradients; buffers and random generators are restored. `A` is the mean over
+        samples, and `H_a = (A + lambda_A I)^-1`.
 
         Raises:
             RuntimeError: after the first step, or if a layer was not used.

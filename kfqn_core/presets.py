@@ -3,9 +3,10 @@
     KFQN(model, lr=0.3, **presets.KBFGS_2020)
 
 Both follow Goldfarb, Ren & Bahamou, "Practical Quasi-Newton Methods for Training Deep Neural Networks" (NeurIPS 2020,
-arXiv 2006.08877). The values were read in the authors' public code (renyiryry/kbfgs_neurips2020_public), where the MNIST
-autoencoder is trained with lr = 0.3. The method also starts from `optimizer.warm_start(batches)` over the training set.
-Where gradients are full-batch the authors' code does not average pairs: pass `pair_momentum=0.0` over the preset.
+arXiv 2006.08877). The values were read in the authors' public code (renyiryry/kbfgs_neurips2020_public), where the
+MNIST autoencoder is trained with lr = 0.3. The method starts from `optimizer.warm_start(batches)` over the training
+set. With full-batch gradients the authors' code neither warm-starts nor averages pairs: override the preset with
+`{**presets.KBFGS_2020, "pair_momentum": 0.0}`.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """Evaluate a mini-batch a second time and leave no trace (chapter 8).
 
-The secant pair of `H_g` needs the same mini-batch at two points: the same dropout masks, or the difference is noise; and
-nothing else may notice: batch-norm statistics are not moved twice, parameter gradients are not touched.
+The secant pair of `H_g` needs the same mini-batch at two points: the same dropout masks, or the difference is noise.
+And nothing else may notice: batch-norm statistics are not moved twice, parameter gradients are not touched.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ from kfqn_core.layers import LayerView, UnsupportedLayer, view
 class Layer:
     """A curvature layer: its parameters, the momentum of their gradient, and the two factors.
 
-    `M` is `[groups, d_out, d_in]`, the running average of the gradient matrix; `gradient` is None where `H_g` is the identity.
+    `M` is `[groups, d_out, d_in]`, the running average of the gradient matrix; `gradient` is None where `H_g` is the
+    identity.
     """
 
     name: str
@@ -76,7 +77,7 @@ class Layer:
         """`[W | b] <- [W | b] - step`, `step` `[groups, d_out, d_in]`."""
         weight_step, bias_step = self.view.from_matrix(step)
         self.weight.sub_(weight_step)
-        if self.bias is not None:
+        if self.bias is not None and bias_step is not None:
             self.bias.sub_(bias_step)
 
     def update_gradient_factor(self, before: Record, after: Record, finite: Tensor) -> None:
