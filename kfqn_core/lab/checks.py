@@ -14,13 +14,13 @@ def _float64(value: torch.Tensor | ArrayLike) -> torch.Tensor:
 
 
 def relative_error(actual: torch.Tensor | ArrayLike, expected: torch.Tensor | ArrayLike) -> float:
-    """``||actual - expected||_F / ||expected||_F``, in float64 (complex128 for complex input).
+    """`||actual - expected||_F / ||expected||_F`, in float64 (complex128 for complex input).
 
-    ``actual`` and ``expected`` are tensors, arrays or numbers of one shape. The answer is 0 when both are zero,
-    ``inf`` when only ``expected`` is, and ``inf`` or ``nan`` as soon as an entry is not finite, so that
-    ``assert relative_error(...) < tolerance`` fails on it.
+    `actual` and `expected` are tensors, arrays or numbers of one shape. The answer is 0 when both are zero,
+    `inf` when only `expected` is, and `inf` or `nan` as soon as an entry is not finite, so that
+    `assert relative_error(...) < tolerance` fails on it.
 
-    Raises ``ValueError`` when the shapes differ: broadcasting would hide a lost dimension behind a small number.
+    Raises `ValueError` when the shapes differ: broadcasting would hide a lost dimension behind a small number.
     """
     actual, expected = _float64(actual), _float64(expected)
     if actual.shape != expected.shape:

@@ -59,9 +59,9 @@ def compare_matrices(
     approximation: ArrayLike,
     titles: Sequence[str] = ("exact", "approximation", "difference"),
 ) -> tuple[Figure, np.ndarray]:
-    """``exact | approximation | difference`` side by side, on one colour scale that is symmetric about zero.
+    """`exact | approximation | difference` side by side, on one colour scale that is symmetric about zero.
 
-    ``exact`` and ``approximation`` are tensors or arrays of one shape ``[rows, columns]``. The relative error stands
+    `exact` and `approximation` are tensors or arrays of one shape `[rows, columns]`. The relative error stands
     below the difference. Returns the figure and its three axes.
     """
     exact, approximation = np.asarray(exact, dtype=float), np.asarray(approximation, dtype=float)
@@ -85,9 +85,9 @@ def compare_matrices(
 
 
 def show_images(rows: Mapping[str, ArrayLike], pixels: tuple[int, int]) -> tuple[Figure, np.ndarray]:
-    """One labelled row of grey images per entry; each entry is ``[images, height * width]`` with values in [0, 1].
+    """One labelled row of grey images per entry; each entry is `[images, height * width]` with values in [0, 1].
 
-    ``pixels`` is ``(height, width)``. Returns the figure and the axes, ``[rows, images]``.
+    `pixels` is `(height, width)`. Returns the figure and the axes, `[rows, images]`.
     """
     images = {label: np.asarray(row, dtype=float) for label, row in rows.items()}
     counts = {len(row) for row in images.values()}
