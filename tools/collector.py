@@ -1,0 +1,56 @@
+"""A chapter as a pytest item; `conftest.py` hands chapters over."""
+
+from __future__ import annotations
+
+import pytest
+from nbmake.pytest_items import NbMakeFailureRepr
+
+from tools import notebooks
+
+HARD_STOP = 5  # a chapter that takes this many budgets is stopped, not waited for
+
+
+class ChapterFile(pytest.File):
+    def __init__(self, *, book, chapter, **kwargs):
+        super().__init__(**kwargs)
+        self.book, self.chapter = book, chapter
+
+    def collect(self):
+        item = ChapterItem.from_parent(self, name=self.chapter.title)
+        item.add_marker(pytest.mark.timeout(HARD_STOP * self.chapter.budget_s))
+        yield item
+
+
+class ChapterItem(pytest.Item):
+    def runtest(self):
+        book, chapter = self.parent.book, self.parent.chapter
+        if chapter.device == "gpu" and not gpu_is_available():
+            pytest.skip("this chapter needs a GPU, and there is none here")
+        reuse = self.config.getoption("reuse")
+        if reuse and notebooks.is_fresh(book, chapter):
+            self.user_properties.append(("chapter", "REUSED"))
+            return
+        timing = notebooks.execute(book, chapter)
+        spent = f"took {timing.reading_s:.1f} s, budget {chapter.budget_s} s"
+        self.user_properties.append(("chapter", f"PASSED ({spent}; checks tried in {timing.verifying_s:.1f} s)"))
+        # `make book` publishes a chapter that is right but slow: the budget binds its authors, not a reader's machine.
+        if timing.reading_s > chapter.budget_s and not reuse:
+            raise notebooks.ChapterError(f"{chapter.slug}: {spent}: make it smaller, or raise budget_s in book.toml")
+
+    def repr_failure(self, excinfo, style=None):
+        error, chapter = excinfo.value, self.parent.chapter
+        if isinstance(error, notebooks.ChapterError):
+            return NbMakeFailureRepr(f"{error}\n{error.trace}".strip(), str(error))
+        if isinstance(error, pytest.fail.Exception):  # from pytest-timeout
+            message = f"{chapter.slug}: stopped after {HARD_STOP} times its budget of {chapter.budget_s} s"
+            return NbMakeFailureRepr(message, message)
+        return super().repr_failure(excinfo, style)
+
+    def reportinfo(self):
+        return self.path, 0, self.name
+
+
+def gpu_is_available() -> bool:
+    import torch  # only where a chapter asks: it takes a second
+
+    return torch.cuda.is_available()

@@ -1,0 +1,159 @@
+"""The ledger: which claim of the book is verified by which check, implemented in which room, guarded by which test."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from nbformat import NotebookNode
+
+from tools import source
+from tools.manifest import Book, Chapter
+
+PACKAGE = "kfqn_core"
+CLAIMS = ("prf:theorem", "prf:lemma", "prf:proposition", "prf:corollary")
+KEYS = ("verifies", "room", "test", "broken_by")
+FORBIDDEN_TAGS = ("skip-execution", "raises-exception")
+
+
+@dataclass(frozen=True)
+class Claim:
+    chapter: Chapter
+    label: str
+    title: str
+
+
+@dataclass(frozen=True)
+class Check:
+    chapter: Chapter
+    number: int
+    cell_id: str
+    where: str  # names the cell in messages
+    verifies: tuple[str, ...]
+    room: str
+    test: str
+    broken_by: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Ledger:
+    claims: tuple[Claim, ...]
+    checks: tuple[Check, ...]
+    problems: tuple[str, ...]
+
+
+def checks(chapter: Chapter, notebook: NotebookNode) -> tuple[list[Check], list[str]]:
+    """The check cells of one chapter, and what is wrong with the way they are written."""
+    found, problems = [], []
+    for number, cell in source.code_cells(notebook):
+        given = {key: cell.metadata[key] for key in KEYS if key in cell.metadata}
+        if not given:
+            continue
+        where = source.describe(chapter, number, cell)
+        verifies = given.get("verifies")
+        if isinstance(verifies, str):
+            given["verifies"] = verifies = [verifies]
+        missing = [key for key in KEYS if not given.get(key)]
+        texts = [*verifies, *(given[key] for key in KEYS[1:])] if not missing and isinstance(verifies, list) else [None]
+        if missing:
+            problems.append(f"{where}: no {', '.join(missing)}")
+        elif not all(isinstance(text, str) for text in texts):
+            problems.append(f"{where}: verifies is a label or a list of labels; room, test and broken_by are strings")
+        else:
+            given["verifies"] = tuple(verifies)
+            found.append(Check(chapter, number, cell.id, where, source=cell.source, **given))
+            problems += [f"{where}: {problem}" for problem in _cell_problems(cell, given["broken_by"])]
+    return found, problems
+
+
+def _cell_problems(cell: NotebookNode, broken_by: str) -> list[str]:
+    try:
+        tree, breaking = ast.parse(cell.source), ast.parse(broken_by)
+    except SyntaxError as error:
+        return [f"not plain Python: {error.msg} in {error.text!r}"]
+    nodes = list(ast.walk(tree))
+    problems = [f"is tagged {tag}" for tag in FORBIDDEN_TAGS if tag in cell.metadata.get("tags", [])]
+    if not any(isinstance(node, ast.Assert) for node in nodes):
+        problems.append("no assert")
+    if any(isinstance(node, (ast.Try, ast.TryStar)) for node in nodes):
+        problems.append("a try statement could hide the failure")
+    rebound = {node.id for node in ast.walk(breaking) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    rebound |= {node.name for node in breaking.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    read = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    if not rebound & read:
+        problems.append(f"broken_by rebinds no name that the cell reads: {broken_by}")
+    return problems
+
+
+def find_room(room: str) -> Any:
+    """The object of the package that `room` names; LookupError if there is none."""
+    found = importlib.import_module(PACKAGE)
+    path = PACKAGE
+    for name in room.split("."):
+        path += f".{name}"
+        try:
+            found = getattr(found, name)
+        except AttributeError:
+            try:
+                found = importlib.import_module(path)
+            except ImportError:
+                raise LookupError(f"room {PACKAGE}.{room} does not exist ({path})") from None
+    return found
+
+
+@cache
+def _definitions(path: Path) -> dict[str, ast.AST]:
+    """Functions of a test file and methods of its classes, by the name pytest gives them."""
+    found: dict[str, ast.AST] = {}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef):
+            found[node.name] = node
+        elif isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}::{inner.name}": inner for inner in node.body if isinstance(inner, ast.FunctionDef)}
+    return found
+
+
+def find_test(root: Path, test: str) -> ast.AST:
+    """The definition of the test `path::function`; LookupError if there is none."""
+    file, _, name = test.partition("::")
+    if not (root / file).is_file():
+        raise LookupError(f"test {test}: no file {file}")
+    if not name.split("::")[-1].startswith("test") or name not in _definitions(root / file):
+        raise LookupError(f"test {test}: {file} has no {name or 'function named after ::'}")
+    return _definitions(root / file)[name]
+
+
+def collect(book: Book) -> Ledger:
+    """Read the claims and checks of the whole book."""
+    claims: list[Claim] = []
+    all_checks: list[Check] = []
+    problems: list[str] = []
+    for chapter in book.chapters:
+        notebook = source.read(book, chapter)
+        found, wrong = checks(chapter, notebook)
+        all_checks += found
+        problems += wrong
+        for directive in source.directives(notebook):
+            if directive.name in CLAIMS and directive.label:
+                if directive.label in {claim.label for claim in claims}:
+                    problems.append(f"{chapter.slug}: duplicate claim {directive.label}")
+                claims.append(Claim(chapter, directive.label, directive.title))
+
+    labels = {claim.label for claim in claims}
+    for check in all_checks:
+        for label in check.verifies:
+            if label not in labels:
+                problems.append(f"{check.where}: verifies {label}, which is no claim")
+        for find in (lambda: find_room(check.room), lambda: find_test(book.root, check.test)):
+            try:
+                find()
+            except LookupError as error:
+                problems.append(f"{check.where}: {error}")
+    verified = {label for check in all_checks for label in check.verifies}
+    problems += [f"{c.chapter.slug}: claim {c.label} has no check" for c in claims if c.label not in verified]
+    return Ledger(tuple(claims), tuple(all_checks), tuple(problems))

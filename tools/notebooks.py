@@ -1,0 +1,128 @@
+"""Chapters into executed notebooks.
+
+A chapter is executed by nbmake in `out/running`; what passed moves to `out/notebooks`, so that a failing chapter leaves
+the last good notebook where it was. The notebook carries a stamp of everything its outputs depend on, and is reused
+while the stamp holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import nbformat
+from nbconvert.filters import strip_ansi
+from nbformat import NotebookNode
+from nbmake.nb_run import NotebookRun
+
+from tools import exercises, ledger, source
+from tools.manifest import Book, Chapter
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+class ChapterError(Exception):
+    """A chapter that does not run: which cell, and why."""
+
+    def __init__(self, message: str, trace: str = "") -> None:
+        super().__init__(message)
+        self.trace = trace
+
+
+@dataclass(frozen=True)
+class Timing:
+    reading_s: float  # what a reader waits who runs the chapter
+    verifying_s: float  # what the trials of checks and graders took on top
+
+
+def published(book: Book, chapter: Chapter) -> Path:
+    """Where the executed notebook of a chapter stands."""
+    return book.root / "out" / "notebooks" / f"{chapter.slug}.ipynb"
+
+
+def stamp(book: Book, chapter: Chapter) -> str:
+    """A hash of what the outputs of a chapter depend on."""
+    digest = hashlib.sha256(f"{platform.python_version()} {book.kernel}".encode())
+    package = sorted((book.root / ledger.PACKAGE).rglob("*.py"))
+    tools = [Path(module.__file__) for module in (exercises, ledger, source)]
+    tools += [Path(__file__), Path(__file__).with_name("verification.py")]
+    for path in [chapter.path, book.root / "constraints.txt", *package, *tools]:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def is_fresh(book: Book, chapter: Chapter) -> bool:
+    """Was this very text executed with this very code?"""
+    path = published(book, chapter)
+    return path.is_file() and nbformat.read(path, as_version=4).metadata.get("stamp") == stamp(book, chapter)
+
+
+def verification_cells(book: Book, chapter: Chapter, notebook: NotebookNode) -> list[NotebookNode]:
+    """Cells that break every check and try every grader on the stub; their order is the chapter's."""
+    calls = [
+        f"check_must_fail(globals(), {check.where!r}, {check.source!r}, {check.broken_by!r})"
+        for check in ledger.checks(chapter, notebook)[0]
+    ]
+    calls += [
+        f"stub_must_fail(globals(), {exercise.where!r}, {exercise.solution!r}, {exercise.stub!r}, {exercise.grader!r})"
+        for exercise in exercises.collect(chapter, notebook)[0]
+    ]
+    if not calls:
+        return []
+    home = str(Path(__file__).resolve().parents[1])
+    calls.insert(0, f"import sys; sys.path.insert(0, {home!r})\nfrom tools.verification import *")
+    return [nbformat.v4.new_code_cell(call) for call in calls]
+
+
+def execute(book: Book, chapter: Chapter) -> Timing:
+    """Run a chapter, verify its checks and graders, and publish the executed notebook; ChapterError if anything fails."""
+    notebook = source.read(book, chapter)
+    own = len(notebook.cells)
+    notebook.cells += verification_cells(book, chapter, notebook)
+    mark = stamp(book, chapter)
+
+    path = book.root / "out" / "running" / f"{chapter.slug}.ipynb"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, path)
+    start = time.perf_counter()
+    result = NotebookRun(path, chapter.timeout_s).execute()
+    total_s = time.perf_counter() - start
+    executed = result.nb
+    if result.error is not None:
+        nbformat.write(executed, path)
+        raise _explain(chapter, executed, own, result.error)
+
+    verifying_s = sum(_seconds(cell) for cell in executed.cells[own:])
+    executed.cells = executed.cells[:own]
+    for cell in executed.cells:
+        cell.metadata.pop("execution", None)  # clock times: they differ from run to run
+        if cell.cell_type == "code":
+            # A progress bar is for whoever waits; stored, it is a widget that no page can show.
+            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
+    executed.metadata.pop("widgets", None)
+    executed.metadata["stamp"] = mark
+    nbformat.write(executed, path)
+    target = published(book, chapter)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path.replace(target)
+    return Timing(total_s - verifying_s, verifying_s)
+
+
+def _seconds(cell: NotebookNode) -> float:
+    begin, end = (cell.metadata.execution[key] for key in ("iopub.execute_input", "shell.execute_reply"))
+    return (datetime.fromisoformat(end) - datetime.fromisoformat(begin)).total_seconds()
+
+
+def _explain(chapter: Chapter, notebook: NotebookNode, own: int, error) -> ChapterError:
+    index = error.failing_cell_index
+    if index >= own:  # the message of a verification names its cell itself
+        failure = next(output for output in notebook.cells[index].outputs if output.output_type == "error")
+        return ChapterError(failure.evalue)
+    number = sum(cell.cell_type == "code" for cell in notebook.cells[: index + 1])
+    return ChapterError(
+        f"{source.describe(chapter, number, notebook.cells[index])}: {strip_ansi(error.summary)}", error.trace
+    )
