@@ -1,0 +1,406 @@
+"""The truth: exact second derivatives of a network by automatic differentiation, on which every claim is checked.
+
+Nothing here knows about Kronecker products. Each matrix is built column by column from products with unit vectors,
+differentiating `loss_fn(model(x), y)` twice; the cost grows with the square of the number of parameters, so these are
+references for small networks (use float64). They may read values on the host and never change the model: buffers are
+copied, hooks are removed even when something fails.
+
+Layout. A layer's parameters are ordered group by group, in each group by `vec` (column stacking) of its matrix
+`[W | b]`, `[d_out, d_in]` with the bias as last column (`layers.LayerView`). A layer is given as the module or by its
+name in the model. `max_bytes` bounds the matrix that is returned; larger ones raise ValueError before any work.
+
+Definitions: chapter 3. Gauss-Newton: Schraudolph (2002). Fisher: Amari (1998).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vjp
+
+from kfqn_core.algebra import unvec, vec
+from kfqn_core.layers import LayerView, view
+
+__all__ = [
+    "LayerCall",
+    "categorical",
+    "cross_hessian",
+    "layer_call",
+    "layer_fisher",
+    "layer_gauss_newton",
+    "layer_hessian",
+    "network_hessian",
+    "preactivation_hessians",
+    "unit_gaussian",
+]
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+MAX_BYTES = 2**30  # a Hessian of 11,585 parameters in float64
+CHUNK = 64  # unit vectors differentiated at once: bounds the memory beside the result
+
+
+class LayerCall(NamedTuple):
+    """A layer of a model, and what it received and returned in one forward pass."""
+
+    module: nn.Module
+    input: Tensor
+    output: Tensor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hessians in the parameters
+
+
+def network_hessian(
+    model: nn.Module, loss_fn: LossFunction, x: Tensor, y: Tensor, *, max_bytes: int = MAX_BYTES
+) -> Tensor:
+    """Hessian of `loss_fn(model(x), y)` in all parameters, `[n, n]`.
+
+    The parameters stand in the order of `model.parameters()`, each flattened by `reshape(-1)` (row by row, as PyTorch
+    stores it); `layer_hessian` and `cross_hessian` give its blocks in the layout of this book.
+
+    Raises ValueError if the loss is no scalar, x and y disagree, or the matrix exceeds `max_bytes`.
+    """
+    _check_batch(x, y)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    sizes = [p.numel() for p in parameters]
+    _check_size("the network's Hessian", sum(sizes), sum(sizes), parameters[0], max_bytes)
+
+    def loss(theta: Tensor) -> Tensor:
+        pieces = [v.reshape(p.shape) for v, p in zip(theta.split(sizes), parameters, strict=True)]
+        return _scalar(loss_fn(_forward(model, dict(zip(names, pieces, strict=True)), x), y))
+
+    theta = torch.cat([p.detach().reshape(-1) for p in parameters])
+    return _columns(lambda v: jvp(grad(loss), (theta,), (v,))[1], theta)
+
+
+def layer_hessian(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    x: Tensor,
+    y: Tensor,
+    layer: nn.Module | str,
+    *,
+    max_bytes: int = MAX_BYTES,
+) -> Tensor:
+    """Hessian of `loss_fn(model(x), y)` in one layer's `[W | b]`: the layer's diagonal block, `[n, n]`.
+
+    Exact whatever the loss and however often the layer is called. Raises ValueError if the layer is not part of the
+    model, is never called, or the matrix exceeds `max_bytes`; UnsupportedLayer if the layer is no `h = W a`.
+    """
+    own = _LayerParameters(model, layer)
+    _calls(model, own.module, x)
+    _check_batch(x, y)
+    _check_size(f"the Hessian of layer '{own.name}'", own.theta.numel(), own.theta.numel(), own.theta, max_bytes)
+
+    def loss(theta: Tensor) -> Tensor:
+        return _scalar(loss_fn(_forward(model, own.parameters(theta), x), y))
+
+    return _columns(lambda v: jvp(grad(loss), (own.theta,), (v,))[1], own.theta)
+
+
+def cross_hessian(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    x: Tensor,
+    y: Tensor,
+    layer: nn.Module | str,
+    other: nn.Module | str,
+    *,
+    max_bytes: int = MAX_BYTES,
+) -> Tensor:
+    """Mixed second derivatives of two layers, `[n_layer, n_other]`: rows of `layer`, columns of `other`.
+
+    Raises ValueError as `layer_hessian` does, and if both are the same layer.
+    """
+    rows, columns = _LayerParameters(model, layer), _LayerParameters(model, other)
+    if rows.module is columns.module:
+        raise ValueError(f"both layers are '{rows.name}'; use layer_hessian for the diagonal block")
+    for own in (rows, columns):
+        _calls(model, own.module, x)
+    _check_batch(x, y)
+    what = f"the block of layers '{rows.name}' and '{columns.name}'"
+    _check_size(what, rows.theta.numel(), columns.theta.numel(), rows.theta, max_bytes)
+
+    def gradient(theta: Tensor) -> Tensor:
+        def loss(own: Tensor) -> Tensor:
+            return _scalar(loss_fn(_forward(model, rows.parameters(own) | columns.parameters(theta), x), y))
+
+        return grad(loss)(rows.theta)
+
+    return _columns(lambda v: jvp(gradient, (columns.theta,), (v,))[1], columns.theta)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hessians in the pre-activations
+
+
+def layer_call(model: nn.Module, x: Tensor, layer: nn.Module | str) -> LayerCall:
+    """The layer, its input and its output in `model(x)`, detached.
+
+    Raises ValueError if the layer is not part of the model, is never called, or is called more than once.
+    """
+    name, module = _find(model, layer)
+    calls = _calls(model, module, x)
+    if len(calls) > 1:
+        raise ValueError(
+            f"layer '{name}' is called {len(calls)} times in one forward pass, so it has no single pre-activation; "
+            "call it once on the joined inputs (a sequence [N, T, d]), or use one layer per call"
+        )
+    return calls[0]
+
+
+def preactivation_hessians(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    x: Tensor,
+    y: Tensor,
+    layer: nn.Module | str,
+    *,
+    max_bytes: int = MAX_BYTES,
+) -> Tensor:
+    """G of every sample: Hessians of `l_i = loss_fn(model(x_i), y_i)` in the layer's output h.
+
+    Returns `[N, d_out_total, T, d_out_total, T]` with `d_out_total = groups * d_out`; not divided by N. The loss must
+    be the mean of per-sample losses and samples must not see each other; the values are compared and ValueError is
+    raised otherwise (sum-reduced loss, BatchNorm or Dropout in training mode). Raises ValueError also as `layer_call`
+    does and if the result exceeds `max_bytes`; UnsupportedLayer if the layer is no `h = W a`.
+    """
+    module, _, h = layer_call(model, x, layer)
+    layer_view = view(module)
+    _check_batch(x, y)
+    samples, size = h.shape[0], h[0].numel()
+    _check_size("the pre-activation Hessians of all samples", samples * size, size, h, max_bytes)
+    _check_mean_of_samples(model, loss_fn, x, y)
+
+    def loss(shift: Tensor) -> Tensor:
+        with _hooked(module, lambda _module, _inputs, output: output + shift.reshape(h.shape)):
+            return samples * _scalar(loss_fn(_forward(model, {}, x), y))
+
+    # Samples do not see each other, so one unit vector, shifted into all of them at once, reads one column of each.
+    zero = torch.zeros(samples, size, dtype=h.dtype, device=h.device)
+    columns = torch.vmap(lambda v: jvp(grad(loss), (zero,), (v.expand(samples, size),))[1], chunk_size=CHUNK)(
+        torch.eye(size, dtype=h.dtype, device=h.device)
+    )
+    G = columns.permute(1, 2, 0)
+    # Where each (output, location) of the view stands in h flattened: the layer's memory layout is the view's business.
+    place = torch.arange(size, dtype=torch.float64, device=h.device).reshape(1, *h.shape[1:])
+    place = layer_view.outputs(place).permute(0, 1, 3, 2).reshape(-1, layer_view.outputs(h).shape[2]).long()
+    outputs, locations = place.shape
+    flat = place.reshape(-1)
+    return G[:, flat][:, :, flat].reshape(samples, outputs, locations, outputs, locations)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gauss-Newton and Fisher, from their definitions
+
+
+def layer_gauss_newton(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    x: Tensor,
+    y: Tensor,
+    layer: nn.Module | str,
+    *,
+    max_bytes: int = MAX_BYTES,
+) -> Tensor:
+    """`J^T H_z J` of one layer, `[n, n]`: J is the Jacobian of the output z in `[W | b]`, H_z the loss's Hessian in z.
+
+    Raises as `layer_hessian` does.
+    """
+    own = _LayerParameters(model, layer)
+    _calls(model, own.module, x)
+    _check_batch(x, y)
+    _check_size(f"the Gauss-Newton matrix of '{own.name}'", own.theta.numel(), own.theta.numel(), own.theta, max_bytes)
+
+    def outputs(theta: Tensor) -> Tensor:
+        return _forward(model, own.parameters(theta), x)
+
+    def loss(z: Tensor) -> Tensor:
+        return _scalar(loss_fn(z, y))
+
+    def column(v: Tensor) -> Tensor:
+        z, dz = jvp(outputs, (own.theta,), (v,))[:2]
+        Hdz = jvp(grad(loss), (z,), (dz,))[1]
+        return vjp(outputs, own.theta)[1](Hdz)[0]
+
+    return _columns(column, own.theta)
+
+
+def layer_fisher(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    x: Tensor,
+    distribution: Callable[[Tensor], tuple[Tensor, Tensor]],
+    layer: nn.Module | str,
+    *,
+    max_bytes: int = MAX_BYTES,
+) -> Tensor:
+    """Fisher matrix of one layer, `[n, n]`: mean over samples of `E_y[g g^T]`, g the gradient of a sample's loss.
+
+    The expectation runs over the model's own predictions: `distribution(z)` takes the outputs `[N, ...]` and returns
+    targets `[K, N, ...]` with probabilities `[K, N]` (`categorical`, `unit_gaussian`). It is the Fisher matrix if
+    `loss_fn` is minus the logarithm of that distribution, up to a constant. One observed target per sample with
+    probability 1 gives what is called the empirical Fisher, another matrix.
+
+    Raises as `layer_hessian` does, and ValueError if the loss is not the mean of per-sample losses.
+    """
+    own = _LayerParameters(model, layer)
+    _calls(model, own.module, x)
+    _check_size(f"the Fisher matrix of '{own.name}'", own.theta.numel(), own.theta.numel(), own.theta, max_bytes)
+    with torch.no_grad():
+        targets, probabilities = distribution(_forward(model, {}, x))
+    for target in targets[:1]:
+        _check_batch(x, target)
+        _check_mean_of_samples(model, loss_fn, x, target)
+
+    def sample_loss(theta: Tensor, x_i: Tensor, y_i: Tensor) -> Tensor:
+        return _scalar(loss_fn(_forward(model, own.parameters(theta), x_i[None]), y_i[None]))
+
+    gradients = torch.vmap(grad(sample_loss), in_dims=(None, 0, 0), chunk_size=CHUNK)
+    fisher = own.theta.new_zeros(own.theta.numel(), own.theta.numel())
+    for target, probability in zip(targets, probabilities, strict=True):
+        g = gradients(own.theta, x, target)
+        fisher += g.mT @ (probability[:, None] * g) / len(x)
+    return fisher
+
+
+def categorical(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Every class with its softmax probability: targets `[K, N]`, probabilities `[K, N]` from logits `[N, K]`.
+
+    The distribution of `nn.CrossEntropyLoss()`.
+    """
+    if z.ndim != 2:
+        raise ValueError(f"logits have shape {tuple(z.shape)}, but [N, K] is needed")
+    samples, classes = z.shape
+    return torch.arange(classes, device=z.device)[:, None].expand(classes, samples), z.softmax(dim=1).mT
+
+
+def unit_gaussian(z: Tensor) -> tuple[Tensor, Tensor]:
+    """`y ~ N(z, I)` by 2K points with its mean and covariance: targets `[2K, N, K]`, probabilities `[2K, N]`.
+
+    The distribution of the loss `||z - y||^2 / 2`, summed over the K outputs. Its gradient is linear in y, so that
+    `E[g g^T]` needs only these two moments and the points give it exactly.
+    """
+    if z.ndim != 2:
+        raise ValueError(f"outputs have shape {tuple(z.shape)}, but [N, K] is needed")
+    samples, K = z.shape
+    points = K**0.5 * torch.eye(K, dtype=z.dtype, device=z.device)
+    targets = z + torch.cat([points, -points])[:, None, :]
+    return targets, z.new_full((2 * K, samples), 1 / (2 * K))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Machinery
+
+
+class _LayerParameters:
+    """One layer's `[W | b]` as a vector, and back to the names under which the model holds them."""
+
+    def __init__(self, model: nn.Module, layer: nn.Module | str) -> None:
+        self.name, self.module = _find(model, layer)
+        self.view: LayerView = view(self.module)
+        own = dict(self.module.named_parameters(recurse=False))
+        self.theta = vec(self.view.to_matrix(own["weight"], own.get("bias")).detach()).reshape(-1)
+
+    def parameters(self, theta: Tensor) -> dict[str, Tensor]:
+        v = self.view
+        weight, bias = v.from_matrix(unvec(theta.reshape(v.groups, -1), v.d_out))
+        prefix = f"{self.name}." if self.name else ""
+        named = {f"{prefix}weight": weight}
+        return named if bias is None else named | {f"{prefix}bias": bias}
+
+
+def _find(model: nn.Module, layer: nn.Module | str) -> tuple[str, nn.Module]:
+    for name, module in model.named_modules():
+        if module is layer or name == layer:
+            return name, module
+    known = ", ".join(repr(name) for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    wanted = repr(layer) if isinstance(layer, str) else f"this {type(layer).__name__}"
+    raise ValueError(f"{wanted} is not a layer of the model; its linear layers are {known or 'none'}")
+
+
+def _forward(model: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+    """`model(x)` with some parameters replaced; buffers are copies, so that running statistics do not move."""
+    replaced = {name: buffer.clone() for name, buffer in model.named_buffers()} | parameters
+    output = functional_call(model, replaced, (x,))
+    if not isinstance(output, Tensor):
+        raise TypeError(f"the model must return one tensor, not {type(output).__name__}; wrap it in a module that does")
+    return output
+
+
+@contextmanager
+def _hooked(module: nn.Module, hook: Callable) -> Iterator[None]:
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _calls(model: nn.Module, module: nn.Module, x: Tensor) -> list[LayerCall]:
+    calls: list[LayerCall] = []
+
+    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        calls.append(LayerCall(module, inputs[0].detach(), output.detach()))
+
+    with _hooked(module, record), torch.no_grad():
+        _forward(model, {}, x)
+    if not calls:
+        name, _ = _find(model, module)
+        raise ValueError(f"layer '{name}' is never called in model(x), so the loss does not depend on it; name another")
+    return calls
+
+
+def _columns(column: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
+    """The matrix whose j-th column is `column(e_j)`."""
+    identity = torch.eye(like.numel(), dtype=like.dtype, device=like.device)
+    return torch.vmap(column, out_dims=1, chunk_size=CHUNK)(identity)
+
+
+def _scalar(loss: Tensor) -> Tensor:
+    if loss.ndim:
+        raise ValueError(f"loss_fn returned shape {tuple(loss.shape)}, but a scalar is needed; reduce it by a mean")
+    return loss
+
+
+def _check_batch(x: Tensor, y: Tensor) -> None:
+    if x.ndim == 0 or y.ndim == 0 or len(x) == 0 or len(x) != len(y):
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and y has shape {tuple(y.shape)}; both need the same, positive number of "
+            "samples as their first dimension"
+        )
+
+
+def _check_size(what: str, rows: int, columns: int, like: Tensor, max_bytes: int) -> None:
+    needed = rows * columns * like.dtype.itemsize
+    if needed > max_bytes:
+        raise ValueError(
+            f"{what} has {rows} x {columns} entries, {needed:,} bytes, and max_bytes is {max_bytes:,}; "
+            "use a smaller network or fewer samples, or raise max_bytes"
+        )
+
+
+def _check_mean_of_samples(model: nn.Module, loss_fn: LossFunction, x: Tensor, y: Tensor) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            raise ValueError(
+                f"'{name}' ({type(module).__name__}) is in training mode: its output for one sample depends on the "
+                "others, so there are no per-sample losses; call model.eval()"
+            )
+    with torch.no_grad():
+        batch = _scalar(loss_fn(_forward(model, {}, x), y))
+        samples = [_scalar(loss_fn(_forward(model, {}, x[i : i + 1]), y[i : i + 1])) for i in range(len(x))]
+        losses = torch.stack(samples)
+    # Different summation orders agree to a few roundings; the square root of one is far from both those and a mistake.
+    tolerance = torch.finfo(losses.dtype).eps ** 0.5 * float(losses.abs().mean())
+    if not abs(float(batch - losses.mean())) <= tolerance:
+        raise ValueError(
+            f"loss_fn(model(x), y) is {float(batch):.6g} but the mean of the {len(x)} per-sample losses is "
+            f"{float(losses.mean()):.6g}; the loss must be their mean: use reduction='mean' (not 'sum') over samples, "
+            "and model.eval() if a layer is random or mixes samples"
+        )
