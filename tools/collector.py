@@ -6,6 +6,7 @@ import pytest
 from nbmake.pytest_items import NbMakeFailureRepr
 
 from tools import notebooks
+from tools.source import ChapterError
 
 HARD_STOP = 5  # a chapter that takes this many budgets is stopped, not waited for
 
@@ -35,11 +36,11 @@ class ChapterItem(pytest.Item):
         self.user_properties.append(("chapter", f"PASSED ({spent}; checks tried in {timing.verifying_s:.1f} s)"))
         # `make book` publishes a chapter that is right but slow: the budget binds its authors, not a reader's machine.
         if timing.reading_s > chapter.budget_s and not reuse:
-            raise notebooks.ChapterError(f"{chapter.slug}: {spent}: make it smaller, or raise budget_s in book.toml")
+            raise ChapterError(f"{chapter.slug}: {spent}: make it smaller, or raise budget_s in book.toml")
 
     def repr_failure(self, excinfo, style=None):
         error, chapter = excinfo.value, self.parent.chapter
-        if isinstance(error, notebooks.ChapterError):
+        if isinstance(error, ChapterError):
             return NbMakeFailureRepr(f"{error}\n{error.trace}".strip(), str(error))
         if isinstance(error, pytest.fail.Exception):  # from pytest-timeout
             message = f"{chapter.slug}: stopped after {HARD_STOP} times its budget of {chapter.budget_s} s"

@@ -45,11 +45,12 @@ def collect(chapter: Chapter, notebook: NotebookNode) -> tuple[list[Exercise], l
             graded[cell.metadata.nbgrader.grade_id] = number, cell, cleared.source
 
     exercises = []
-    tasks = [d for d in source.directives(notebook) if d.name in ("exercise", "exercise-start")]
-    for task in tasks:
+    for task in source.directives(notebook):
+        if task.name not in ("exercise", "exercise-start"):
+            continue
         name = f"{chapter.slug}, exercise {task.label or task.title!r}"
-        if task.label is None:
-            problems.append(f"{name}: has no label")
+        if task.name == "exercise" or task.label is None:
+            problems.append(f"{name}: write it as {{exercise-start}} with a label")
             continue
         solution, grader = graded.pop(task.label, None), graded.pop(f"{task.label}-check", None)
         if solution is None or not is_solution(solution[1]):

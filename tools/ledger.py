@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -149,11 +150,73 @@ def collect(book: Book) -> Ledger:
         for label in check.verifies:
             if label not in labels:
                 problems.append(f"{check.where}: verifies {label}, which is no claim")
-        for find in (lambda: find_room(check.room), lambda: find_test(book.root, check.test)):
+        for find, *arguments in ((find_room, check.room), (find_test, book.root, check.test)):
             try:
-                find()
+                find(*arguments)
             except LookupError as error:
                 problems.append(f"{check.where}: {error}")
     verified = {label for check in all_checks for label in check.verifies}
     problems += [f"{c.chapter.slug}: claim {c.label} has no check" for c in claims if c.label not in verified]
     return Ledger(tuple(claims), tuple(all_checks), tuple(problems))
+
+
+def page(root: Path, ledger: Ledger) -> str:
+    """The ledger as a page of the site: the table, then the source of every room and test in it."""
+    rooms = {check.room: find_room(check.room) for check in ledger.checks}
+    tests = {check.test: find_test(root, check.test) for check in ledger.checks}
+    # A claim may stand in several chapters' checks; one row for each pair.
+    rows = [
+        [
+            f"{{prf:ref}}`{claim.label}`: {claim.title}",
+            f"{{ref}}`chapter {claim.chapter.number}, cell {check.number} <{anchor(check)}>`",
+            f"{{ref}}`{check.room} <room-{check.room}>`",
+            f"{{ref}}`{check.test.partition('::')[2]} <{_test_anchor(check.test)}>`",
+        ]
+        for claim in ledger.claims
+        for check in ledger.checks
+        if claim.label in check.verifies
+    ]
+    table = [":::{list-table}", ":header-rows: 1", ":widths: 40 18 20 22", ""]
+    for row in [["Claim", "Check", "Room", "Test"], *rows]:
+        table += [f"{'* -' if i == 0 else '  -'} {cell}" for i, cell in enumerate(row)]
+    sections = ["## The rooms", *(_room_source(root, name, room) for name, room in sorted(rooms.items()))]
+    sections += ["## The tests", *(_test_source(root, name, node) for name, node in sorted(tests.items()))]
+    return "\n\n".join([PAGE_HEAD, "\n".join([*table, ":::"]), *sections]) + "\n"
+
+
+PAGE_HEAD = f"""# Ledger
+
+Every numbered claim of the book has a *check*, a cell that compares it with an exact reference and that has been seen
+to fail once the thing it relies on was broken; a *room*, the part of `{PACKAGE}` that implements it; and a *test* that
+guards the room. This page is made from the chapters, and the book does not build while one of the three is missing."""
+
+
+def anchor(check: Check) -> str:
+    """The target that the site sets before a check cell."""
+    return f"check-{check.chapter.slug}-{check.number}"
+
+
+def _test_anchor(test: str) -> str:
+    return "test-" + test.replace("::", "-")
+
+
+def _room_source(root: Path, name: str, room: Any) -> str:
+    module = inspect.getmodule(room) or inspect.getmodule(find_room(name.rpartition(".")[0]))
+    file = Path(module.__file__)
+    try:
+        lines, first = inspect.getsourcelines(room)
+    except TypeError:  # a value, such as a preset: its module shows it
+        lines, first = inspect.getsourcelines(module)
+    return _listing(f"room-{name}", name, file.relative_to(root), max(first, 1), "".join(lines))
+
+
+def _test_source(root: Path, name: str, node: ast.AST) -> str:
+    file, _, function = name.partition("::")
+    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+    lines = (root / file).read_text(encoding="utf-8").splitlines()[first - 1 : node.end_lineno]
+    return _listing(_test_anchor(name), function, Path(file), first, "\n".join(lines))
+
+
+def _listing(target: str, title: str, file: Path, first: int, text: str) -> str:
+    code = f"```{{code-block}} python\n:lineno-start: {first}\n\n{text.rstrip()}\n```"
+    return f"({target})=\n\n:::{{admonition}} `{title}` in {file.as_posix()}\n:class: dropdown\n\n{code}\n:::"

@@ -184,6 +184,8 @@ def read(root: Path = ROOT) -> Book:
     def part(table: _Table) -> Part:
         new = Part(table.take_text("title"), tuple(chapter(entry) for entry in table.take_tables("chapter")))
         table.close()
+        if len({entry.tier == "appendix" for entry in new.chapters}) > 1:
+            raise table.error("chapter", "chapters and appendices stand in parts of their own")
         return new
 
     return Book(title, authors, description, language, kernel, root, src, tuple(part(table) for table in parts))

@@ -21,16 +21,9 @@ from nbmake.nb_run import NotebookRun
 
 from tools import exercises, ledger, source
 from tools.manifest import Book, Chapter
+from tools.source import ChapterError
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
-
-
-class ChapterError(Exception):
-    """A chapter that does not run: which cell, and why."""
-
-    def __init__(self, message: str, trace: str = "") -> None:
-        super().__init__(message)
-        self.trace = trace
 
 
 @dataclass(frozen=True)
@@ -79,7 +72,7 @@ def verification_cells(book: Book, chapter: Chapter, notebook: NotebookNode) -> 
 
 
 def execute(book: Book, chapter: Chapter) -> Timing:
-    """Run a chapter, verify its checks and graders, and publish the executed notebook; ChapterError if anything fails."""
+    """Run a chapter, verify its checks and graders, publish the executed notebook; ChapterError if anything fails."""
     notebook = source.read(book, chapter)
     own = len(notebook.cells)
     notebook.cells += verification_cells(book, chapter, notebook)
@@ -123,6 +116,5 @@ def _explain(chapter: Chapter, notebook: NotebookNode, own: int, error) -> Chapt
         failure = next(output for output in notebook.cells[index].outputs if output.output_type == "error")
         return ChapterError(failure.evalue)
     number = sum(cell.cell_type == "code" for cell in notebook.cells[: index + 1])
-    return ChapterError(
-        f"{source.describe(chapter, number, notebook.cells[index])}: {strip_ansi(error.summary)}", error.trace
-    )
+    where = source.describe(chapter, number, notebook.cells[index])
+    return ChapterError(f"{where}: {strip_ansi(error.summary)}", error.trace)

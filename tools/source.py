@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 import jupytext
+import yaml
 from nbformat import NotebookNode
 
 from tools.manifest import Book, Chapter
@@ -17,6 +18,14 @@ DIRECTIVE = re.compile(
 LABEL = re.compile(r"^:label:\s*(\S+)", re.MULTILINE)
 
 
+class ChapterError(Exception):
+    """A chapter that cannot be read or run: where, and why."""
+
+    def __init__(self, message: str, trace: str = "") -> None:
+        super().__init__(message)
+        self.trace = trace
+
+
 @dataclass(frozen=True)
 class Directive:
     name: str
@@ -26,7 +35,10 @@ class Directive:
 
 def read(book: Book, chapter: Chapter) -> NotebookNode:
     """The chapter as a notebook without outputs, the same one for the same text."""
-    notebook = jupytext.read(chapter.path, fmt="md:myst")
+    try:
+        notebook = jupytext.read(chapter.path, fmt="md:myst")
+    except yaml.YAMLError as error:
+        raise ChapterError(f"{chapter.slug}: header or cell metadata is not YAML: {error}") from None
     notebook.metadata = NotebookNode(
         kernelspec={"name": book.kernel, "display_name": "Python 3", "language": "python"},
         language_info={"name": "python"},

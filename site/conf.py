@@ -1,0 +1,81 @@
+"""Sphinx settings of the book; titles and numbers come from book.toml."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from docutils import nodes
+from sphinx.environment.collectors.toctree import TocTreeCollector
+
+from tools import manifest
+
+BOOK = manifest.read()
+
+project = BOOK.title
+author = ", ".join(BOOK.authors)
+copyright = f"{author}. Text CC BY 4.0, code MIT"
+language = BOOK.language
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.mathjax",
+    "sphinx-mathjax-offline",
+    "sphinx_exercise",
+    "sphinx_proof",
+    "sphinx_copybutton",
+    "sphinx_togglebutton",
+    "sphinxcontrib.bibtex",
+]
+nb_execution_mode = "off"  # the notebooks come executed
+nb_merge_streams = True
+nb_ipywidgets_js = {}  # nothing is loaded from elsewhere
+myst_enable_extensions = ["amsmath", "attrs_inline", "colon_fence", "deflist", "dollarmath"]
+bibtex_bibfiles = [str(BOOK.src / "references.bib")]
+bibtex_reference_style = "author_year"
+
+# Theorem 8.1, Figure 8.1 and (8.1) stand in chapter 8. Claims of every kind share one count, as in print.
+numfig = True
+numfig_secnum_depth = 1
+math_numfig = True
+math_eqref_format = "({number})"
+prf_realtyp_to_countertyp = dict.fromkeys(["lemma", "proposition", "corollary"], "theorem")
+
+html_theme = "sphinx_book_theme"
+html_title = BOOK.title
+html_static_path = ["_static"]
+html_css_files = ["book.css"]
+html_theme_options = {
+    "home_page_in_toc": True,
+    "navbar_persistent": [],  # the sidebar has a search field already
+    "search_bar_text": "Search the book",
+    "show_toc_level": 2,
+    "use_download_button": True,
+}
+togglebutton_hint = "Show"
+togglebutton_hint_hide = "Hide"
+
+
+def number_by_slug(app, env):
+    """Give chapter NN-slug the number NN, whatever its place in the table of contents.
+
+    Sphinx counts 1, 2, 3 within each part. Its count is overwritten in the three places that keep it (sections, table
+    of contents, titles), and figures, theorems and equations are then counted again on top.
+    """
+    for chapter in BOOK.chapters:
+        if chapter.number is None:
+            continue
+
+        def renumbered(secnumber, number=chapter.number):
+            return type(secnumber)([number, *secnumber[1:]]) if secnumber else secnumber
+
+        sections = env.toc_secnumbers[chapter.slug]
+        env.toc_secnumbers[chapter.slug] = {anchor: renumbered(count) for anchor, count in sections.items()}
+        for reference in env.tocs[chapter.slug].findall(nodes.reference):
+            reference["secnumber"] = renumbered(reference.get("secnumber"))
+        env.titles[chapter.slug]["secnumber"] = renumbered(env.titles[chapter.slug].get("secnumber"))
+    return TocTreeCollector().assign_figure_numbers(env)
+
+
+def setup(app):
+    app.connect("env-get-updated", number_by_slug, priority=600)  # after Sphinx's own collector, at 500
