@@ -1,0 +1,121 @@
+"""Break the code on purpose and see the named test turn red.
+
+Each break is a bug that public code has had. It is made in a copy of the package, and the guarding tests run on that
+copy in a fresh interpreter; every one of them must fail.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PARITY = "tests/test_optimizer.py::test_kbfgs_is_the_2020_method"
+
+
+@dataclass(frozen=True)
+class Break:
+    """Replace `old` by `new` in `file`; `guards` must turn red."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    guards: tuple[str, ...]
+
+
+BREAKS = [
+    Break(
+        "Powell's correction with the wrong sign",
+        "kfqn_core/damping.py",
+        "theta * vector + (1 - theta) * safe",
+        "theta * vector - (1 - theta) * safe",
+        ("tests/test_damping.py::test_powell_sign_leaves_positive_curvature", f"{PARITY}[None-robust_loss]"),
+    ),
+    Break(
+        "the dense inverse update never lands",
+        "kfqn_core/factors.py",
+        "self.H.copy_(torch.where(keep[..., None, None], H, self.H))",
+        "self.H = self.H.clone()",
+        (f"{PARITY}[None-square_loss]",),
+    ),
+    Break(
+        "the update returns its argument",
+        "kfqn_core/secant.py",
+        "return H + (half + half.mT)",
+        "return H",
+        ("tests/test_secant.py::test_update_moves_the_estimate_and_leaves_its_input",),
+    ),
+    Break(
+        "the factor m dropped: gradients of the mean loss taken for per-sample gradients",
+        "kfqn_core/capture.py",
+        "record.g_mean = samples * view.mean_output(grad)",
+        "record.g_mean = view.mean_output(grad)",
+        (f"{PARITY}[None-square_loss]", f"{PARITY}[5-square_loss]"),
+    ),
+    Break(
+        "the bias column lost from A",
+        "kfqn_core/layers.py",
+        "return pad(a, (0, 1), value=1.0) if self.has_bias else a",
+        "return pad(a, (0, 1), value=0.0) if self.has_bias else a",
+        ("tests/test_layers.py::test_bias_is_the_last_column", f"{PARITY}[None-square_loss]"),
+    ),
+    Break(
+        "the averaged pair stored after damping",
+        "kfqn_core/factors.py",
+        "s, y = double_damping(H_y, self.s_mean, self.y_mean, self.mu1, self.mu2)",
+        "s, y = double_damping(H_y, self.s_mean, self.y_mean, self.mu1, self.mu2); "
+        "self.s_mean.copy_(s); self.y_mean.copy_(y)",
+        (f"{PARITY}[None-robust_loss]", f"{PARITY}[5-robust_loss]"),
+    ),
+    Break(
+        "dropout redrawn in the second pass",
+        "kfqn_core/second_pass.py",
+        "torch.set_rng_state(self._cpu_state)",
+        "pass",
+        ("tests/test_optimizer.py::test_second_pass_sees_the_same_dropout_mask_and_leaves_no_trace",),
+    ),
+    Break(
+        "batch-norm statistics moved twice",
+        "kfqn_core/second_pass.py",
+        "buffer.copy_(value)",
+        "pass",
+        ("tests/test_optimizer.py::test_second_pass_sees_the_same_dropout_mask_and_leaves_no_trace",),
+    ),
+]
+
+
+@pytest.mark.parametrize("broken", BREAKS, ids=lambda broken: broken.name.replace(" ", "-"))
+def test_a_deliberate_break_turns_its_tests_red(broken, tmp_path):
+    for folder in ("kfqn_core", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "book"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    file = tmp_path / broken.file
+    source = file.read_text()
+    assert source.count(broken.old) == 1, (
+        f"{broken.file} no longer holds {broken.old!r} exactly once: update this break"
+    )
+    file.write_text(source.replace(broken.old, broken.new))
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "--tb=line",
+        *broken.guards,
+    ]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    failed = set(re.findall(r"^FAILED (\S+)", result.stdout, flags=re.MULTILINE))
+    green = [guard for guard in broken.guards if not any(node.startswith(guard) for node in failed)]
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert not green, f"{green} did not notice: {broken.name}\n{result.stdout}"

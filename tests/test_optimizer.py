@@ -1,0 +1,450 @@
+"""KFQN against the independent reference, and its contract with users."""
+
+import copy
+import io
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from kfqn_core import KFQN, presets
+from kfqn_core.algebra import unvec, vec
+from kfqn_core.lab.checks import relative_error
+from tests.reference_kbfgs import ReferenceKBFGS, bfgs_formula
+
+WIDTHS = (6, 9, 4, 5)
+STEPS = 20
+TOLERANCE = 1e-10  # twenty steps of float64 rounding, each amplified by the conditioning of H (about 1e3)
+
+
+def tanh_network(widths=WIDTHS, seed=0, dtype=torch.float64):
+    torch.manual_seed(seed)
+    layers = []
+    for d_in, d_out in pairwise(widths):
+        layers += [nn.Linear(d_in, d_out), nn.Tanh()]
+    return nn.Sequential(*layers[:-1]).to(dtype)
+
+
+def linear_layers(model):
+    return [module for module in model if isinstance(module, nn.Linear)]
+
+
+def square_loss(output, target):
+    return 0.5 * ((output - target) ** 2).sum(1).mean()
+
+
+def robust_loss(output, target):
+    """Non-convex in the output (Geman-McClure), so that negative curvature reaches every layer."""
+    squares = (output - target) ** 2
+    return (squares / (1 + squares)).sum(1).mean()
+
+
+def classification_loss(output, target):
+    return nn.functional.cross_entropy(output, target.argmax(1))
+
+
+def batches(count=5, samples=16, widths=WIDTHS, seed=1, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    teacher = tanh_network(widths, seed=99).to(dtype)
+    pairs = []
+    for _ in range(count):
+        x = torch.randn(samples, widths[0], generator=generator, dtype=dtype)
+        noise = torch.randn(samples, widths[-1], generator=generator, dtype=dtype)
+        pairs.append((x, (teacher(x) + 0.3 * noise).detach()))
+    return pairs
+
+
+def closure_for(model, optimizer, loss_fn, x, y):
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_fn(model(x), y)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def train(model, optimizer, data, steps, loss_fn=square_loss):
+    losses = []
+    for k in range(steps):
+        losses.append(optimizer.step(closure_for(model, optimizer, loss_fn, *data[k % len(data)])).item())
+    return losses
+
+
+def matrices(model):
+    return [torch.cat([m.weight, m.bias[:, None]], 1).detach().numpy() for m in linear_layers(model)]
+
+
+def error(actual, expected):
+    return relative_error(torch.as_tensor(actual), torch.as_tensor(expected))
+
+
+@pytest.mark.parametrize("loss_fn", [square_loss, classification_loss, robust_loss])
+@pytest.mark.parametrize("memory", [None, 5, 100])
+def test_kbfgs_is_the_2020_method(memory, loss_fn):
+    """Parameters, H_a, H_g and averaged pairs after each of twenty steps, dense and limited-memory (window sliding)."""
+    data = batches()
+    model = tanh_network()
+    reference = ReferenceKBFGS(matrices(model), loss_fn, lr=0.3, memory=memory)
+    preset = presets.KBFGS_2020 if memory is None else {**presets.KBFGS_L_2020, "memory": memory}
+    optimizer = KFQN(model, lr=0.3, **preset)
+    reference.warm_start(data)
+    optimizer.warm_start(x for x, _ in data)
+    for k in range(STEPS):
+        x, y = data[k % len(data)]
+        loss = optimizer.step(closure_for(model, optimizer, loss_fn, x, y))
+        assert loss.item() == pytest.approx(reference.step(x.numpy(), y.numpy()), rel=TOLERANCE)
+        for i, (layer, W) in enumerate(zip(optimizer.layers.values(), matrices(model), strict=True)):
+            assert error(W, reference.W[i]) < TOLERANCE
+            assert error(layer.M[0], reference.M[i]) < TOLERANCE
+            assert error(layer.activation.A[0], reference.A[i]) < TOLERANCE
+            assert error(layer.activation.H[0], reference.H_a[i]) < TOLERANCE
+            assert error(layer.gradient.inverse.dense()[0], reference.H_g[i]) < TOLERANCE
+            # The reference takes old minus new.
+            assert error(-layer.gradient.s_mean[0], reference.s_mean[i]) < TOLERANCE
+            assert error(-layer.gradient.y_mean[0], reference.y_mean[i]) < TOLERANCE
+    if memory is not None:
+        kept = np.array([[s for s, _ in pairs][-1] for pairs in reference.pairs[:1]])
+        assert error(-optimizer.layers["0"].gradient.inverse.S[0, -1], kept[0]) < TOLERANCE
+
+
+def test_default_is_the_activation_factor_with_a_normalised_step():
+    """Four steps of the default against the same four lines in NumPy."""
+    data = batches()
+    model = tanh_network()
+    optimizer = KFQN(model, lr=0.03)
+    expected = matrices(model)
+    M = [np.zeros_like(W) for W in expected]
+    H = [None] * len(M)
+    for k in range(4):
+        x, y = data[k]
+        optimizer.step(closure_for(model, optimizer, square_loss, x, y))
+        gradients = ReferenceKBFGS(expected, square_loss, lr=0.0)
+        inputs, _, _, grads, _ = gradients.evaluate(expected, x.numpy(), y.numpy())
+        for i, a in enumerate(inputs):
+            A = a.T @ a / len(a)
+            if k == 0:
+                H[i] = np.linalg.inv(A + 0.03 * np.eye(len(A)))
+            M[i] = 0.9 * M[i] + 0.1 * grads[i]
+            D = M[i] @ H[i]
+            expected[i] = expected[i] - 0.03 * 0.2 * np.sqrt(D.size) / np.linalg.norm(D) * D
+            s = H[i] @ a.mean(0)
+            H[i] = bfgs_formula(H[i], s, A @ s + 0.03 * s)
+        for actual, W in zip(matrices(model), expected, strict=True):
+            assert error(actual, W) < TOLERANCE
+
+
+def test_direction_is_the_kronecker_inverse_applied_to_the_momentum():
+    data = batches()
+    model = tanh_network()
+    optimizer = KFQN(model, lr=0.3, **presets.KBFGS_2020)
+    train(model, optimizer, data, 8)
+    for layer in optimizer.layers.values():
+        H = torch.kron(layer.activation.H[0], layer.gradient.inverse.dense()[0])
+        expected = unvec(H @ vec(layer.M[0]), layer.view.d_out)
+        assert error(layer.direction()[0], expected) < 1e-13
+
+
+@pytest.mark.parametrize("preset", [presets.KBFGS_2020, presets.KBFGS_L_2020, {}], ids=["dense", "limited", "default"])
+def test_training_lowers_the_loss(preset):
+    data = batches(count=20, samples=64)
+    model = tanh_network()
+    optimizer = KFQN(model, lr=0.3 if preset else 0.03, **preset)
+    losses = train(model, optimizer, data, 100)
+    floor = 0.5 * WIDTHS[-1] * 0.3**2  # the targets carry noise of standard deviation 0.3 in each coordinate
+    assert np.mean(losses[-10:]) - floor < 0.3 * (np.mean(losses[:3]) - floor)
+    assert optimizer.skipped_steps == 0
+
+
+class Noisy(nn.Module):
+    """Batch norm and dropout: everything a second pass could disturb."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Linear(12, 5)
+        )
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def test_second_pass_sees_the_same_dropout_mask_and_leaves_no_trace():
+    """With lr = 0 both passes are at the same point: the pair is exactly zero, unless masks are redrawn."""
+    x, y = batches(dtype=torch.float32)[0]
+    torch.manual_seed(0)
+    model = Noisy()
+    optimizer = KFQN(model, lr=0.0, **presets.KBFGS_2020)
+    twin = copy.deepcopy(model)
+    state = torch.get_rng_state()
+    twin_loss = square_loss(twin(x), y)
+    twin_loss.backward()
+    state_after_one_pass = torch.get_rng_state()
+    torch.set_rng_state(state)
+    loss = optimizer.step(closure_for(model, optimizer, square_loss, x, y))
+    assert torch.equal(loss, twin_loss)
+    assert torch.equal(torch.get_rng_state(), state_after_one_pass)
+    for buffer, expected in zip(model.buffers(), twin.buffers(), strict=True):
+        assert torch.equal(buffer, expected)
+    for p, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        assert p.requires_grad
+        assert torch.equal(p.grad, expected.grad)
+    for layer in optimizer.layers.values():
+        assert not layer.gradient.s_mean.any()
+        assert not layer.gradient.y_mean.any()
+
+
+def test_second_pass_needs_no_weight_gradients():
+    x, y = batches()[0]
+    model = tanh_network()
+    optimizer = KFQN(model, lr=0.1, **presets.KBFGS_2020)
+    requires_grad = []
+
+    def closure():
+        requires_grad.append([p.requires_grad for p in model.parameters()])
+        return closure_for(model, optimizer, square_loss, x, y)()
+
+    optimizer.step(closure)
+    assert all(requires_grad[0])
+    assert not any(requires_grad[1])
+
+
+def test_refresh_evaluates_again_only_on_refresh_steps():
+    data = batches()
+    model = tanh_network()
+    optimizer = KFQN(model, lr=0.1, **{**presets.KBFGS_2020, "refresh": 3})
+    calls = []
+    for k in range(6):
+        closure = closure_for(model, optimizer, square_loss, *data[k % 5])
+        optimizer.step(lambda closure=closure, k=k: (calls.append(k), closure())[1])
+    assert calls == [0, 0, 1, 2, 3, 3, 4, 5]
+
+
+def test_evaluation_and_copies_leave_no_trace():
+    x, y = batches()[0]
+    model = tanh_network()
+    optimizer = KFQN(model, lr=0.1, **presets.KBFGS_2020)
+    train(model, optimizer, [(x, y)], 2)
+    model.eval()
+    model(x)
+    model.train()
+    with torch.no_grad():
+        model(x)
+    copy.deepcopy(model)(x).sum().backward()
+    assert not optimizer._capture.records
+    optimizer.remove_hooks()
+    model(x)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def snapshot(model, optimizer):
+    tensors = {f"p{i}": p for i, p in enumerate(model.parameters())}
+    for name, layer in optimizer.layers.items():
+        tensors |= {f"{name}.{key}": value for key, value in layer.tensors().items()}
+    return {key: value.detach().clone() for key, value in tensors.items()}
+
+
+@pytest.mark.parametrize("poison", ["input", "target"])
+@pytest.mark.parametrize("preset", [presets.KBFGS_2020, presets.KBFGS_L_2020, {}], ids=["dense", "limited", "default"])
+def test_a_batch_with_nan_changes_nothing_but_the_count(preset, poison):
+    data = batches()
+    model = tanh_network()
+    optimizer = KFQN(model, lr=0.1, **preset)
+    train(model, optimizer, data, 3)
+    before = snapshot(model, optimizer)
+    x, y = (t.clone() for t in data[3])
+    (x if poison == "input" else y)[0, 0] = torch.nan
+    train(model, optimizer, [(x, y)], 1)
+    after = snapshot(model, optimizer)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert optimizer.skipped_steps == 1
+    train(model, optimizer, data, 1)
+    assert not torch.equal(before["p0"], model[0].weight)
+
+
+@pytest.mark.parametrize("stop", [1, 4, 7])
+@pytest.mark.parametrize("preset", [presets.KBFGS_2020, presets.KBFGS_L_2020, {}], ids=["dense", "limited", "default"])
+def test_resume_equals_uninterrupted_bitwise(preset, stop):
+    data = batches(dtype=torch.float32)
+    model = tanh_network(dtype=torch.float32)
+    optimizer = KFQN(model, lr=0.1, **preset)
+    if preset:
+        optimizer.warm_start(x for x, _ in data)
+    train(model, optimizer, data, stop)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    train(model, optimizer, data, 5)
+
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    twin = tanh_network(seed=5, dtype=torch.float32)
+    resumed = KFQN(twin, lr=0.7, **preset)
+    twin.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    train(twin, resumed, data, 5)
+    expected, actual = snapshot(model, optimizer), snapshot(twin, resumed)
+    assert all(torch.equal(expected[key], actual[key]) for key in expected)
+
+
+def test_factors_keep_their_dtype_with_bfloat16_parameters():
+    data = batches(dtype=torch.float32)
+    data = [(x.bfloat16(), y.bfloat16()) for x, y in data]
+    model = tanh_network(dtype=torch.bfloat16)
+    optimizer = KFQN(model, lr=0.1, **presets.KBFGS_2020)
+    train(model, optimizer, data, 3)
+    before = snapshot(model, optimizer)
+    optimizer.load_state_dict(optimizer.state_dict())
+    after = snapshot(model, optimizer)
+    for layer in optimizer.layers.values():
+        assert {t.dtype for t in layer.tensors().values()} == {torch.float32}
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_schedulers_and_decay_act_through_the_param_groups():
+    data = batches()
+    model = tanh_network()
+    optimizer = KFQN(model, lr=0.1, weight_decay=0.5)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 0.0 if k else 1.0)
+    train(model, optimizer, data, 1)
+    scheduler.step()
+    before = snapshot(model, optimizer)
+    train(model, optimizer, data, 1)
+    after = snapshot(model, optimizer)
+    assert torch.equal(before["p0"], after["p0"])
+    assert not torch.equal(before["0.M"], after["0.M"])
+
+
+class Mixed(nn.Module):
+    """One free layer, one frozen, one tied, one not supported."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(7, 6)
+        self.free = nn.Linear(6, 6)
+        self.frozen = nn.Linear(6, 6).requires_grad_(False)
+        self.norm = nn.LayerNorm(6)
+        self.tied = nn.Linear(6, 7, bias=False)
+        self.tied.weight = self.embed.weight
+
+    def forward(self, tokens):
+        return self.tied(self.norm(self.frozen(torch.relu(self.free(self.embed(tokens))))))
+
+
+def test_other_parameters_move_by_their_averaged_gradient():
+    torch.manual_seed(0)
+    model = Mixed().double()
+    tokens = torch.randint(7, (4, 3))
+    optimizer = KFQN(model, lr=0.1, **presets.KBFGS_2020)
+    assert list(optimizer.layers) == ["free"]
+    frozen = model.frozen.weight.clone()
+    norm, embedding = model.norm.weight.clone(), model.embed.weight.clone()
+
+    def loss_fn(output, target):
+        return nn.functional.cross_entropy(output.flatten(0, 1), target.flatten())
+
+    train(model, optimizer, [(tokens, tokens)], 1, loss_fn)
+    tau = presets.KBFGS_2020["weight_decay"]
+    assert error(norm - model.norm.weight, 0.1 * 0.1 * (model.norm.weight.grad + tau * norm)) < 1e-12
+    assert error(embedding - model.embed.weight, 0.1 * 0.1 * (model.embed.weight.grad + tau * embedding)) < 1e-12
+    assert torch.equal(frozen, model.frozen.weight)
+
+
+def test_an_unused_layer_is_left_alone():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 5), nn.Linear(6, 5)
+            self.use_b = True
+
+        def forward(self, x):
+            return self.b(x) if self.use_b else self.a(x)
+
+    data = batches()
+    torch.manual_seed(0)
+    model = Branches().double()
+    optimizer = KFQN(model, lr=0.1, **presets.KBFGS_2020)
+    before = snapshot(model, optimizer)
+    train(model, optimizer, data, 2)
+    model.use_b = False
+    train(model, optimizer, data, 1)
+    after = snapshot(model, optimizer)
+    assert not torch.equal(before["a.H_a"], after["a.H_a"])
+    assert not torch.equal(before["b.H_a"], after["b.H_a"])
+    assert torch.isfinite(model.a.weight).all()
+
+
+def test_sequences_train():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)).double()
+    x, y = torch.randn(8, 4, 6).double(), torch.randn(8, 4, 5).double()
+    optimizer = KFQN(model, lr=0.05, **presets.KBFGS_2020)
+    losses = train(model, optimizer, [(x, y)], 30, nn.functional.mse_loss)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, "lr must be a number >= 0, got -1.0"),
+        ({"lr": float("nan")}, "lr must be"),
+        ({"pairs": "both"}, "pairs must be one of"),
+        ({"damping": 0.0}, "damping must be a number > 0"),
+        ({"damping": 1.0, "pairs": "second_pass"}, "damping must be below 1 with pairs"),
+        ({"memory": 5}, "memory must be None unless H_g is estimated"),
+        ({"memory": 0, "pairs": "second_pass"}, "memory must be None or a whole number"),
+        ({"mu1": 1.0}, "mu1 must be"),
+        ({"momentum": 1.0}, "momentum must be"),
+        ({"pair_momentum": -0.1}, "pair_momentum must be"),
+        ({"activation_decay": 1.0}, "activation_decay must be"),
+        ({"weight_decay": -1e-5}, "weight_decay must be"),
+        ({"refresh": 0}, "refresh must be a whole number >= 1, got 0"),
+        ({"step_length": "long"}, "step_length must be one of"),
+    ],
+)
+def test_options_are_checked_at_the_door(options, message):
+    with pytest.raises(ValueError, match=message):
+        KFQN(tanh_network(), **{"lr": 0.1, **options})
+
+
+def test_clear_refusals():
+    x, y = batches()[0]
+    model = tanh_network()
+    with pytest.raises(ValueError, match=r"no nn\.Linear layer"):
+        KFQN(nn.Sequential(nn.LayerNorm(3)))
+    optimizer = KFQN(model, lr=0.1, **presets.KBFGS_2020)
+    with pytest.raises(RuntimeError, match=r"call step\(closure\)"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="no mini-batch"):
+        optimizer.warm_start([])
+    with pytest.raises(ValueError, match="cannot adopt more later"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+    with pytest.raises(ValueError, match="does not fit this optimizer"):
+        optimizer.load_state_dict(KFQN(model, lr=0.1).state_dict())
+    with pytest.raises(ValueError, match="not a state of KFQN"):
+        optimizer.load_state_dict(torch.optim.SGD(model.parameters()).state_dict())
+    model.eval()
+    with pytest.raises(RuntimeError, match=r"call model\.train"):
+        optimizer.step(closure_for(model, optimizer, square_loss, x, y))
+    model.train()
+    train(model, optimizer, [(x, y)], 1)
+    with pytest.raises(RuntimeError, match="before the first step"):
+        optimizer.warm_start([x])
+
+
+def test_a_layer_used_twice_is_refused():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.layer(torch.tanh(self.layer(x)))
+
+    model = Twice()
+    optimizer = KFQN(model)
+    with pytest.raises(RuntimeError, match="'layer' was used twice"):
+        model(torch.zeros(2, 6))
+    del optimizer  # its hooks know it weakly: they now do nothing
+    model(torch.zeros(2, 6))
