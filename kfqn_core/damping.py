@@ -66,12 +66,11 @@ def double_damping(H_y: Tensor, s: Tensor, y: Tensor, mu1: float, mu2: float) ->
 
 
 def _interpolate(vector: Tensor, safe: Tensor, product: Tensor, safe_product: Tensor, mu: float) -> Tensor:
-    """`theta vector + (1 - theta) safe`, where products mixed in the same way give `mu safe_product`; see `theta`."""
+    """`theta vector + (1 - theta) safe`, theta such that `theta product + (1 - theta) safe_product = mu safe_product`."""
     triggered = product < mu * safe_product
-    # Where triggered, the gap is at least (1 - mu) safe_product; elsewhere it may be zero, and must not divide.
-    gap = torch.where(triggered, safe_product - product, 1)
-    # Not vector + (1 - theta)(safe - vector): for a very negative product that form loses theta to rounding.
-    theta = (1 - mu) * safe_product / gap
+    # Where triggered, the divisor is at least (1 - mu) safe_product; elsewhere it may be zero, and theta is not used.
+    # Not vector + (1 - theta)(safe - vector): for a very negative product that loses theta to rounding.
+    theta = (1 - mu) * safe_product / (safe_product - product)
     return torch.where(triggered, theta * vector + (1 - theta) * safe, vector)
 
 
