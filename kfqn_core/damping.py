@@ -66,7 +66,7 @@ def double_damping(H_y: Tensor, s: Tensor, y: Tensor, mu1: float, mu2: float) ->
 
 
 def _interpolate(vector: Tensor, safe: Tensor, product: Tensor, safe_product: Tensor, mu: float) -> Tensor:
-    """`theta vector + (1 - theta) safe`, theta such that `theta product + (1 - theta) safe_product = mu safe_product`."""
+    """`theta vector + (1 - theta) safe`, so that `theta product + (1 - theta) safe_product = mu safe_product`."""
     triggered = product < mu * safe_product
     # Where triggered, the divisor is at least (1 - mu) safe_product; elsewhere it may be zero, and theta is not used.
     # Not vector + (1 - theta)(safe - vector): for a very negative product that loses theta to rounding.
