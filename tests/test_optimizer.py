@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from kfqn_core import KFQN, presets
 from kfqn_core.algebra import unvec, vec
@@ -448,3 +449,16 @@ def test_a_layer_used_twice_is_refused():
         model(torch.zeros(2, 6))
     del optimizer  # its hooks know it weakly: they now do nothing
     model(torch.zeros(2, 6))
+
+
+@pytest.mark.parametrize("preset", [presets.KBFGS_2020, presets.KBFGS_L_2020, {}], ids=["dense", "limited", "default"])
+def test_a_step_reads_nothing_on_the_host(preset):
+    """Under FakeTensorMode a tensor has no value: any `.item()` or branch on one raises."""
+    with FakeTensorMode():
+        model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 5))
+        optimizer = KFQN(model, lr=0.1, **preset)
+        x, y = torch.zeros(16, 6), torch.zeros(16, 5)
+        for _ in range(3):
+            optimizer.step(closure_for(model, optimizer, square_loss, x, y))
+        with pytest.raises(DataDependentOutputException):
+            optimizer.skipped_steps  # noqa: B018 - reading the count does wait for the device
