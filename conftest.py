@@ -34,7 +34,9 @@ def pytest_collect_file(file_path, parent):
 
 
 def pytest_report_teststatus(report):
+    if report.when != "call" or not report.passed:
+        return None
     word = dict(report.user_properties).get("chapter")
-    if word and report.when == "call" and report.passed:
+    if word:
         return "passed", ".", (word, {"green": True})
     return None

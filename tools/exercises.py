@@ -59,7 +59,7 @@ def collect(chapter: Chapter, notebook: NotebookNode) -> tuple[list[Exercise], l
             problems.append(f"{name}: no grader cell with grade_id {task.label}-check")
         elif grader[0] < solution[0]:
             problems.append(f"{name}: the grader stands before the solution")
-        elif solution[1].source == solution[2]:
+        elif "### BEGIN SOLUTION" not in solution[1].source:  # nbgrader would cut the whole cell, signature and all
             problems.append(f"{name}: no ### BEGIN SOLUTION in the solution cell")
         else:
             where = source.describe(chapter, *solution[:2])

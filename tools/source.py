@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import jupytext
 import yaml
+from jupytext.myst import MystMetadataParsingError
 from nbformat import NotebookNode
 
 from tools.manifest import Book, Chapter
@@ -37,7 +38,7 @@ def read(book: Book, chapter: Chapter) -> NotebookNode:
     """The chapter as a notebook without outputs, the same one for the same text."""
     try:
         notebook = jupytext.read(chapter.path, fmt="md:myst")
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, MystMetadataParsingError) as error:
         raise ChapterError(f"{chapter.slug}: header or cell metadata is not YAML: {error}") from None
     notebook.metadata = NotebookNode(
         kernelspec={"name": book.kernel, "display_name": "Python 3", "language": "python"},

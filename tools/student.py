@@ -1,4 +1,4 @@
-"""The exercises as an nbgrader course: notebooks without solutions in `out/student`, the teacher's side in `out/course`.
+"""An nbgrader course: notebooks without solutions in `out/student`, the teacher's side in `out/course`.
 
     python -m tools.student
 
@@ -8,6 +8,7 @@ A teacher collects answers in `out/course/submitted/STUDENT/CHAPTER/CHAPTER.ipyn
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -28,6 +29,8 @@ c.Execute.timeout = {timeout_s}
 
 def build(book: Book) -> list[Path]:
     """Write the course and return the notebooks that students get."""
+    # nbgrader starts its helpers by name, wherever it was itself started from.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     course, release = book.root / "out" / "course", book.root / "out" / "student"
     course.mkdir(parents=True, exist_ok=True)
     timeout_s = max(chapter.timeout_s for chapter in book.chapters)

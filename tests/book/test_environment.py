@@ -25,10 +25,14 @@ def split(requirement):
     return name, version
 
 
+def requirements(pyproject):
+    """Package -> lowest version, over the optimizer and every extra."""
+    groups = [pyproject["dependencies"], *pyproject["optional-dependencies"].values()]
+    return dict(split(entry) for group in groups for entry in group if not entry.startswith("kfqn-core["))
+
+
 def test_same_packages_and_versions(pyproject, environment):
-    asked = [*pyproject["dependencies"], *sum(pyproject["optional-dependencies"].values(), [])]
-    asked = dict(split(requirement) for requirement in asked if not requirement.startswith("kfqn-core["))
-    asked = {CONDA_NAMES.get(name, name): version for name, version in asked.items()}
+    asked = {CONDA_NAMES.get(name, name): version for name, version in requirements(pyproject).items()}
     asked["python"] = split(pyproject["requires-python"])[1]
 
     (from_pip,) = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
@@ -45,7 +49,5 @@ def test_environment_installs_the_package_itself(environment):
 def test_every_requirement_is_pinned_for_the_book(pyproject):
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").split()
     pinned = {line.partition("==")[0].lower().replace("_", "-") for line in lines}
-    asked = [*pyproject["dependencies"], *sum(pyproject["optional-dependencies"].values(), [])]
-    missing = [name for name, _ in map(split, asked) if not name.startswith("kfqn-core[") and name not in pinned]
-    assert not missing
+    assert not requirements(pyproject).keys() - pinned
     assert not any("+" in line or "@" in line for line in lines), "a local version or path that no index holds"

@@ -1,0 +1,111 @@
+"""Every chapter keeps the standard of CONTRIBUTING.md."""
+
+import re
+
+import pytest
+
+from tools import exercises, manifest, source
+from tools.manifest import ROOT
+
+BOOK = manifest.read()
+CORE = [chapter for chapter in BOOK.chapters if chapter.tier != "appendix"]
+DRAWS = re.compile(r"plt\.(?:show|subplots|figure)\(|figures\.compare_matrices\(")
+
+
+def each(chapters):
+    return pytest.mark.parametrize("chapter", chapters, ids=lambda chapter: chapter.slug)
+
+
+@pytest.fixture
+def notebook(chapter):
+    return source.read(BOOK, chapter)
+
+
+def headings(notebook):
+    prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    return re.findall(r"^## +(.+?)\s*$", prose, re.MULTILINE)
+
+
+@each(CORE)
+def test_parts_of_a_chapter(chapter, notebook):
+    found = headings(notebook)
+    assert found[0] == "The question"
+    for title in ("Exercises", "What to remember", "Further reading"):
+        assert title in found, f"no section {title!r}"
+    assert found.index("What to remember") < found.index("Further reading")
+
+
+@each(CORE)
+def test_the_question_is_followed_by_a_figure(chapter, notebook):
+    """The picture of the answer stands in the first section."""
+    sections = 0
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            sections += len(re.findall(r"^## ", cell.source, re.MULTILINE))
+        elif "figure" in cell.metadata.get("mystnb", {}):
+            break
+    assert sections == 1
+
+
+@each(CORE)
+def test_three_lines_to_remember(chapter, notebook):
+    prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    section = prose.partition("## What to remember")[2].partition("\n## ")[0]
+    assert len(re.findall(r"^(?:\d+\.|[-*]) ", section, re.MULTILINE)) == 3
+
+
+@each(CORE)
+def test_at_least_three_exercises(chapter, notebook):
+    found, problems = exercises.collect(chapter, notebook)
+    assert problems == []
+    assert len(found) >= 3
+
+
+@each(BOOK.chapters)
+def test_figures_have_name_caption_and_alt_text(chapter, notebook):
+    for number, cell in source.code_cells(notebook):
+        if not DRAWS.search(cell.source):
+            continue
+        where = source.describe(chapter, number, cell)
+        figure = cell.metadata.get("mystnb", {})
+        assert re.fullmatch(r"fig-[a-z0-9-]+", figure.get("figure", {}).get("name", "")), f"{where}: no figure name"
+        assert len(figure["figure"].get("caption", "")) > 20, f"{where}: no caption"
+        assert len(figure.get("image", {}).get("alt", "")) > 20, f"{where}: no alt text"
+
+
+@each(CORE)
+def test_code_is_shown_from_its_room(chapter, notebook):
+    cells = [cell.source for _, cell in source.code_cells(notebook)]
+    assert any("show_source(" in text for text in cells)
+    for text in cells:
+        assert not re.search(r"(?:from|import) kfqn_core[.\w]*\._|from kfqn_core[^\n]* import _", text), (
+            "a private name"
+        )
+
+
+@each(CORE)
+def test_a_chapter_can_be_read_in_one_sitting(chapter, notebook):
+    words = len(chapter.path.read_text(encoding="utf-8").split())
+    assert 1_500 < words < 12_000
+
+
+def test_labels_are_unique_over_the_book():
+    labels = []
+    for chapter in BOOK.chapters:
+        notebook = source.read(BOOK, chapter)
+        labels += [d.label for d in source.directives(notebook) if d.label]
+        figures = [cell.metadata.get("mystnb", {}).get("figure", {}) for cell in notebook.cells]
+        labels += [figure["name"] for figure in figures if figure]
+    assert sorted(labels) == sorted(set(labels))
+
+
+def test_prose_directives_show_their_text_in_jupyterlab():
+    """A colon fence renders as text where MyST is not understood; a backtick fence renders as code."""
+    for chapter in BOOK.chapters:
+        for fence in re.findall(r"^`{3,}\{([\w:-]+)\}", chapter.path.read_text(encoding="utf-8"), re.MULTILINE):
+            assert fence in ("code-cell", "math"), f"{chapter.slug}: write {{{fence}}} with a colon fence"
+
+
+def test_the_bibliography_has_no_duplicate():
+    entries = re.findall(r"^@\w+\{([^,]+),", (ROOT / "chapters" / "references.bib").read_text(), re.MULTILINE)
+    assert sorted(entries) == sorted(set(entries))

@@ -1,0 +1,74 @@
+"""A claim without a check, and a check that could not fail, are found in the text before anything runs."""
+
+import pytest
+
+from tests.book import tiny
+from tools import ledger, manifest
+
+
+def collect(root, text):
+    return ledger.collect(manifest.load(tiny.write(root, ("01-one", "One", text))))
+
+
+def test_the_real_book_has_no_gaps():
+    found = ledger.collect(manifest.load())
+    assert found.problems == ()
+    assert found.claims
+
+
+def test_a_sound_chapter(tmp_path):
+    found = collect(tmp_path, tiny.CLAIM)
+    assert found.problems == ()
+    (claim,), (check,) = found.claims, found.checks
+    assert (claim.label, claim.title) == ("thm-sum", "Sums")
+    assert (check.verifies, check.number, check.room) == (("thm-sum",), 2, "algebra.kron_matvec")
+
+
+def test_one_check_may_verify_several_claims(tmp_path):
+    second = ":::{prf:lemma} Another\n:label: lem-other\n$1$\n:::\n"
+    assert "claim lem-other has no check" in collect(tmp_path, tiny.CLAIM + second).problems[0]
+    both = tiny.CLAIM.replace("verifies: thm-sum", "verifies: [thm-sum, lem-other]") + second
+    assert collect(tmp_path, both).problems == ()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("verifies: thm-sum", "verifies: thm-product", "verifies thm-product, which is no claim"),
+        ("verifies: thm-sum", "verifies: thm-product", "claim thm-sum has no check"),
+        ("verifies: thm-sum\n", "", "no verifies"),
+        ("verifies: thm-sum", "verifies: 3", "verifies is a label or a list of labels"),
+        ("room: algebra.kron_matvec\n", "", "no room"),
+        ("algebra.kron_matvec", "algebra.nothing", "room kfqn_core.algebra.nothing does not exist"),
+        ("algebra.kron_matvec", "nowhere.kron_matvec", "room kfqn_core.nowhere.kron_matvec does not exist"),
+        ("test: tests/test_algebra.py::test_sum\n", "", "no test"),
+        ("test_algebra.py", "test_nothing.py", "no file tests/test_nothing.py"),
+        ("::test_sum", "::test_product", "tests/test_algebra.py has no test_product"),
+        ("::test_sum", "", "has no function named after ::"),
+        ('broken_by: "add = lambda a, b: a - b"\n', "", "no broken_by"),
+        ("add = lambda a, b: a - b", "subtract = 1", "broken_by rebinds no name that the cell reads"),
+        ("add = lambda a, b: a - b", "add.broken = True", "broken_by rebinds no name that the cell reads"),
+        ("add = lambda a, b: a - b", "add = (", "not plain Python"),
+        ("assert error < 1e-12", "error < 1e-12", "no assert"),
+        ("assert error < 1e-12", "try:\n    assert error < 1\nexcept AssertionError:\n    pass", "a try statement"),
+        ("verifies: thm-sum", "tags: [skip-execution]\nverifies: thm-sum", "is tagged skip-execution"),
+        ("verifies: thm-sum", "tags: [raises-exception]\nverifies: thm-sum", "is tagged raises-exception"),
+    ],
+)
+def test_problems(tmp_path, old, new, problem):
+    assert old in tiny.CLAIM
+    found = collect(tmp_path, tiny.CLAIM.replace(old, new))
+    assert any(problem in text and text.startswith("01-one") for text in found.problems), found.problems
+
+
+def test_duplicate_claim(tmp_path):
+    assert "duplicate claim thm-sum" in collect(tmp_path, tiny.CLAIM + tiny.CLAIM).problems[0]
+
+
+def test_a_decorated_test_method_is_found(tmp_path):
+    tiny.write(tmp_path)
+    file = tmp_path / "tests" / "test_more.py"
+    file.write_text("class TestSum:\n    @staticmethod\n    def test_it():\n        pass\n")
+    assert ledger.find_test(tmp_path, "tests/test_more.py::TestSum::test_it").lineno == 3
+    with pytest.raises(LookupError):
+        ledger.find_test(tmp_path, "tests/test_more.py::TestSum::helper")

@@ -1,0 +1,157 @@
+"""Chapters run, checks that cannot fail turn red, and what failed replaces nothing."""
+
+import nbformat
+import pytest
+
+from tests.book import tiny
+from tools import manifest, notebooks
+from tools.source import ChapterError
+from tools.verification import VerificationError, check_must_fail, stub_must_fail
+
+CHECK = "assert abs(add(2, 2) - 4) < 1e-12"
+
+
+def add(a, b):
+    return a + b
+
+
+@pytest.mark.parametrize(
+    ("check", "broken_by", "message"),
+    [
+        ("assert abs(4 - 4) < 1e-12 or add", "add = None", "still passes after its broken_by, so it cannot fail"),
+        (CHECK, "add = lambda a, b: b + a", "still passes after its broken_by, so it cannot fail"),
+        (CHECK, "add = None", "stops with TypeError.* instead of failing its assert"),
+        (CHECK, "add = nothing", "broken_by itself fails .NameError"),
+        (CHECK.replace("add", "changed_later"), "changed_later = add", "a later cell changes a variable it reads"),
+    ],
+)
+def test_a_check_that_cannot_fail_is_reported(check, broken_by, message):
+    variables = {"add": add, "changed_later": lambda a, b: a * b + 1}
+    with pytest.raises(VerificationError, match=f"^here: .*{message}"):
+        check_must_fail(variables, "here", check, broken_by)
+
+
+def test_a_check_is_broken_in_a_copy():
+    variables = {"add": add}
+    check_must_fail(variables, "here", f"error = 1\n{CHECK}", "add = lambda a, b: a - b")
+    assert variables == {"add": add}
+
+
+def test_a_grader_that_accepts_the_stub_is_reported():
+    with pytest.raises(VerificationError, match=r"^here: the grader accepts the stub"):
+        stub_must_fail({}, "here", "x = 2", "raise NotImplementedError()", "print('fine')")
+
+
+def test_the_answer_does_not_survive_from_the_run_with_the_solution():
+    variables = {"x": 2}  # the chapter has run, with its solution
+    stub_must_fail(variables, "here", "x = 2", "raise NotImplementedError()", "assert x == 2")
+    assert variables == {"x": 2}
+
+
+def test_an_executed_chapter(tmp_path):
+    progress = tiny.code("from tqdm.auto import tqdm\nfor _ in tqdm(range(3)):\n    pass")
+    book = manifest.load(tiny.write(tmp_path, ("01-one", "One", tiny.CLAIM + tiny.EXERCISE + progress)))
+    (chapter,) = book.chapters
+    timing = notebooks.execute(book, chapter)
+    assert 0 < timing.verifying_s < timing.reading_s
+
+    path = notebooks.published(book, chapter)
+    text = path.read_text()
+    assert "error 0" in text
+    assert "ex-twice: correct" in text
+    assert "tools.verification" not in text
+    assert str(tmp_path) not in text
+    assert notebooks.WIDGET not in text
+    assert not (tmp_path / "out" / "running" / path.name).exists()
+
+    assert notebooks.is_fresh(book, chapter)
+    first = path.read_bytes()
+    notebooks.execute(book, chapter)
+    assert path.read_bytes() == first
+
+    package = tmp_path / "kfqn_core"
+    package.mkdir()
+    (package / "algebra.py").write_text("# the code the chapter stands on\n")
+    assert not notebooks.is_fresh(book, chapter)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("broken_by: \"add = lambda a, b: a - b\"", "broken_by: \"add = lambda a, b: b + a\"",
+         r"^01-one, code cell 2 \(error = abs\(add\(2, 2\) - 4\)\): the check still passes"),
+        ("return a + b", "return a + c",
+         r"^01-one, code cell 2 \(error = abs\(add\(2, 2\) - 4\)\): NameError: name 'c' is not defined"),
+        ("assert twice(3) == 6", "assert True",
+         r"^01-one, code cell 3 \(def twice\(x\):\): the grader accepts the stub"),
+    ],
+)  # fmt: skip
+def test_a_failing_chapter_is_named_and_replaces_nothing(tmp_path, old, new, message):
+    text = tiny.CLAIM + tiny.EXERCISE
+    assert old in text
+    book = manifest.load(tiny.write(tmp_path, ("01-one", "One", text.replace(old, new))))
+    (chapter,) = book.chapters
+    published = notebooks.published(book, chapter)
+    published.parent.mkdir(parents=True)
+    nbformat.write(nbformat.v4.new_notebook(metadata={"stamp": "the last good one"}), published)
+    good = published.read_bytes()
+    with pytest.raises(ChapterError, match=message):
+        notebooks.execute(book, chapter)
+    assert published.read_bytes() == good
+
+
+def test_a_cell_over_its_time_is_named(tmp_path):
+    slow = tiny.code("import time\ntime.sleep(30)")
+    root = tiny.write(tmp_path, ("01-one", "One", slow), c01_one={"timeout_s": 1})
+    book = manifest.load(root)
+    with pytest.raises(ChapterError, match=r"^01-one, code cell 1 \(import time\): .*[Tt]im"):
+        notebooks.execute(book, book.chapters[0])
+
+
+def test_metadata_that_is_not_yaml_names_the_chapter(tmp_path):
+    book = manifest.load(tiny.write(tmp_path, ("01-one", "One", tiny.CLAIM.replace('broken_by: "', "broken_by: {"))))
+    with pytest.raises(ChapterError, match=r"^01-one: header or cell metadata is not YAML"):
+        notebooks.execute(book, book.chapters[0])
+
+
+def test_pytest_reports_chapters(tmp_path):
+    sleep = tiny.code("import time\ntime.sleep(1)")
+    chapters = [
+        ("01-good", "Good", tiny.CLAIM),
+        ("02-slow", "Slow", sleep),
+        ("03-wrong", "Wrong", tiny.code("1 / 0")),
+        ("04-endless", "Endless", tiny.code("import time\ntime.sleep(60)")),
+        ("05-gpu", "Graphics", ""),
+    ]
+    root = tiny.write(
+        tmp_path,
+        *chapters,
+        c02_slow={"budget_s": 1},
+        c04_endless={"budget_s": 1, "timeout_s": 60},
+        c05_gpu={"device": "gpu"},
+    )
+    tiny.install_tools(root)
+    report = tiny.run(root, "pytest", "-v", "-rfs", "--nbmake", "chapters").stdout
+    lines = report.splitlines()
+
+    def has(*pieces):
+        return any(all(piece in line for piece in pieces) for line in lines)
+
+    assert has("chapters/01-good.md::Good PASSED (took ", " s, budget 30 s; checks tried in ")
+    assert has("FAILED chapters/02-slow.md::Slow - 02-slow: took ", " s, budget 1 s: make it smaller")
+    assert has("FAILED chapters/03-wrong.md::Wrong - 03-wrong, code cell 1 (1 / 0): ZeroDivisionError")
+    assert has("FAILED chapters/04-endless.md::Endless - 04-endless: stopped after 5 times its budget of 1 s")
+    assert has("SKIPPED", "this chapter needs a GPU, and there is none here")
+
+    # A reader who makes the book waits for a slow chapter and gets it; nothing is executed twice.
+    report = tiny.run(root, "pytest", "-v", "--nbmake", "--reuse", "chapters/01-good.md", "chapters/02-slow.md")
+    assert report.returncode == 0, report.stdout
+    assert report.stdout.count("REUSED") == 2
+
+
+def test_pytest_names_what_is_wrong_with_the_list(tmp_path):
+    root = tiny.install_tools(tiny.write(tmp_path, ("01-one", "One", "")))
+    (root / "book.toml").write_text((root / "book.toml").read_text() + 'colour = "red"\n')
+    report = tiny.run(root, "pytest", "--nbmake", "chapters")
+    assert report.returncode != 0
+    assert "book.toml: part[0].chapter[0].colour: unknown key" in report.stdout + report.stderr
