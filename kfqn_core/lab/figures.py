@@ -100,5 +100,6 @@ def show_images(rows: Mapping[str, ArrayLike], pixels: tuple[int, int]) -> tuple
             ax.imshow(image.reshape(pixels), cmap="gray_r", vmin=0.0, vmax=1.0)
             ax.set(xticks=[], yticks=[])
             ax.grid(False)
+            ax.spines[:].set(visible=True, color="#bbbbbb")  # a frame: where the paper is white, an empty corner is too
         row_axes[0].set_ylabel(label, rotation=0, ha="right", va="center")
     return fig, axes
