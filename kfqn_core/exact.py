@@ -3,7 +3,8 @@
 Nothing here knows about Kronecker products. Each matrix is built column by column from products with unit vectors,
 differentiating `loss_fn(model(x), y)` twice; the cost grows with the square of the number of parameters, so these are
 references for small networks (use float64). They may read values on the host and never change the model: buffers are
-copied, hooks are removed even when something fails.
+copied, hooks are removed even when something fails, and under `no_grad`, which `torch.func` inside does not heed, no
+graph of the model outlives the call.
 
 Layout. A layer's parameters are ordered group by group, in each group by `vec` (column stacking) of its matrix
 `[W | b]`, `[d_out, d_in]` with the bias as last column (`layers.LayerView`). A layer is given as the module or by its
@@ -55,6 +56,7 @@ class LayerCall(NamedTuple):
 # Hessians in the parameters
 
 
+@torch.no_grad()
 def network_hessian(
     model: nn.Module, loss_fn: LossFunction, x: Tensor, y: Tensor, *, max_bytes: int = MAX_BYTES
 ) -> Tensor:
@@ -78,6 +80,7 @@ def network_hessian(
     return _columns(lambda v: jvp(grad(loss), (theta,), (v,))[1], theta)
 
 
+@torch.no_grad()
 def layer_hessian(
     model: nn.Module,
     loss_fn: LossFunction,
@@ -103,6 +106,7 @@ def layer_hessian(
     return _columns(lambda v: jvp(grad(loss), (own.theta,), (v,))[1], own.theta)
 
 
+@torch.no_grad()
 def cross_hessian(
     model: nn.Module,
     loss_fn: LossFunction,
@@ -139,6 +143,7 @@ def cross_hessian(
 # Hessians in the pre-activations
 
 
+@torch.no_grad()
 def layer_call(model: nn.Module, x: Tensor, layer: nn.Module | str) -> LayerCall:
     """The layer, its input and its output in `model(x)`, detached.
 
@@ -154,6 +159,7 @@ def layer_call(model: nn.Module, x: Tensor, layer: nn.Module | str) -> LayerCall
     return calls[0]
 
 
+@torch.no_grad()
 def preactivation_hessians(
     model: nn.Module,
     loss_fn: LossFunction,
@@ -199,6 +205,7 @@ def preactivation_hessians(
 # Gauss-Newton and Fisher, from their definitions
 
 
+@torch.no_grad()
 def layer_gauss_newton(
     model: nn.Module,
     loss_fn: LossFunction,
@@ -231,6 +238,7 @@ def layer_gauss_newton(
     return _columns(column, own.theta)
 
 
+@torch.no_grad()
 def layer_fisher(
     model: nn.Module,
     loss_fn: LossFunction,
@@ -252,8 +260,7 @@ def layer_fisher(
     own = _LayerParameters(model, layer)
     _calls(model, own.module, x)
     _check_size(f"the Fisher matrix of '{own.name}'", own.theta.numel(), own.theta.numel(), own.theta, max_bytes)
-    with torch.no_grad():
-        targets, probabilities = distribution(_forward(model, {}, x))
+    targets, probabilities = distribution(_forward(model, {}, x))
     for target in targets[:1]:
         _check_batch(x, target)
         _check_mean_of_samples(model, loss_fn, x, target)
@@ -348,7 +355,7 @@ def _calls(model: nn.Module, module: nn.Module, x: Tensor) -> list[LayerCall]:
     def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         calls.append(LayerCall(module, inputs[0].detach(), output.detach()))
 
-    with _hooked(module, record), torch.no_grad():
+    with _hooked(module, record):
         _forward(model, {}, x)
     if not calls:
         name, _ = _find(model, module)
@@ -392,10 +399,8 @@ def _check_mean_of_samples(model: nn.Module, loss_fn: LossFunction, x: Tensor, y
                 f"'{name}' ({type(module).__name__}) is in training mode: its output for one sample depends on the "
                 "others, so there are no per-sample losses; call model.eval()"
             )
-    with torch.no_grad():
-        batch = _scalar(loss_fn(_forward(model, {}, x), y))
-        samples = [_scalar(loss_fn(_forward(model, {}, x[i : i + 1]), y[i : i + 1])) for i in range(len(x))]
-        losses = torch.stack(samples)
+    batch = _scalar(loss_fn(_forward(model, {}, x), y))
+    losses = torch.stack([_scalar(loss_fn(_forward(model, {}, x[i : i + 1]), y[i : i + 1])) for i in range(len(x))])
     # Different summation orders agree to a few roundings; the square root of one is far from both those and a mistake.
     tolerance = torch.finfo(losses.dtype).eps ** 0.5 * float(losses.abs().mean())
     if not abs(float(batch - losses.mean())) <= tolerance:

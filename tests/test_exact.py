@@ -209,6 +209,21 @@ def test_the_model_is_left_as_it_was():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_results_carry_no_graph():
+    model, (x, y) = mlp(), data(6, 5, labels=True)
+    loss_fn = nn.CrossEntropyLoss()
+    for result in (
+        exact.network_hessian(model, loss_fn, x, y),
+        exact.layer_hessian(model, loss_fn, x, y, "0"),
+        exact.cross_hessian(model, loss_fn, x, y, "0", "2"),
+        exact.preactivation_hessians(model, loss_fn, x, y, "0"),
+        exact.layer_gauss_newton(model, loss_fn, x, y, "0"),
+        exact.layer_fisher(model, loss_fn, x, exact.categorical, "0"),
+        *exact.layer_call(model, x, "2")[1:],
+    ):
+        assert not result.requires_grad
+
+
 def test_layers_that_have_no_single_preactivation_are_refused():
     torch.manual_seed(0)
     shared = nn.Linear(3, 3)
