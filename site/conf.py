@@ -30,6 +30,9 @@ extensions = [
 nb_execution_mode = "off"  # the notebooks come executed
 nb_merge_streams = True
 nb_ipywidgets_js = {}  # nothing is loaded from elsewhere
+nb_code_prompt_show = "Show the code"
+nb_code_prompt_hide = "Hide the code"
+exercise_style = "solution_follow_exercise"  # the title of a solution opens it instead of linking to its exercise
 myst_enable_extensions = ["amsmath", "attrs_inline", "colon_fence", "deflist", "dollarmath"]
 bibtex_bibfiles = [str(BOOK.src / "references.bib")]
 bibtex_reference_style = "author_year"
@@ -43,10 +46,11 @@ prf_realtyp_to_countertyp = dict.fromkeys(["lemma", "proposition", "corollary"],
 
 html_theme = "sphinx_book_theme"
 html_title = BOOK.title
+html_favicon = "_static/favicon.svg"
+html_context = {"default_mode": "auto"}
 html_static_path = ["_static"]
 html_css_files = ["book.css"]
 html_theme_options = {
-    "home_page_in_toc": True,
     "navbar_persistent": [],  # the sidebar has a search field already
     "search_bar_text": "Search the book",
     "show_toc_level": 2,

@@ -176,7 +176,7 @@ def page(root: Path, ledger: Ledger) -> str:
         for check in ledger.checks
         if claim.label in check.verifies
     ]
-    table = [":::{list-table}", ":header-rows: 1", ":widths: 40 18 20 22", ""]
+    table = [":::{list-table}", ":class: ledger", ":header-rows: 1", ":widths: 32 14 24 30", ""]
     for row in [["Claim", "Check", "Room", "Test"], *rows]:
         table += [f"{'* -' if i == 0 else '  -'} {cell}" for i, cell in enumerate(row)]
     sections = ["## The rooms", *(_room_source(root, name, room) for name, room in sorted(rooms.items()))]

@@ -15,11 +15,13 @@ from datetime import datetime
 from pathlib import Path
 
 import nbformat
+from nbclient.exceptions import DeadKernelError
 from nbconvert.filters import strip_ansi
 from nbformat import NotebookNode
+from nbmake.nb_result import NotebookError
 from nbmake.nb_run import NotebookRun
 
-from tools import exercises, ledger, source
+from tools import exercises, ledger, source, verification
 from tools.manifest import Book, Chapter
 from tools.source import ChapterError
 
@@ -37,13 +39,26 @@ def published(book: Book, chapter: Chapter) -> Path:
     return book.root / "out" / "notebooks" / f"{chapter.slug}.ipynb"
 
 
+def trials(chapter: Chapter, notebook: NotebookNode) -> list[str]:
+    """Calls that break every check and try every grader on its stub."""
+    calls = [
+        f"check_must_fail(globals(), {check.where!r}, {check.source!r}, {check.broken_by!r})"
+        for check in ledger.checks(chapter, notebook)[0]
+    ]
+    calls += [
+        f"stub_must_fail(globals(), {exercise.where!r}, {exercise.solution!r}, {exercise.stub!r}, {exercise.grader!r})"
+        for exercise in exercises.collect(chapter, notebook)[0]
+    ]
+    return calls
+
+
 def stamp(book: Book, chapter: Chapter) -> str:
-    """A hash of what the outputs of a chapter depend on."""
-    digest = hashlib.sha256(f"{platform.python_version()} {book.kernel}".encode())
+    """A hash of what the outputs of a chapter, and the verdict on its checks, depend on."""
+    notebook = source.read(book, chapter)
+    digest = hashlib.sha256(platform.python_version().encode())
+    digest.update("\n".join([nbformat.writes(notebook), *trials(chapter, notebook)]).encode())
     package = sorted((book.root / ledger.PACKAGE).rglob("*.py"))
-    tools = [Path(module.__file__) for module in (exercises, ledger, source)]
-    tools += [Path(__file__), Path(__file__).with_name("verification.py")]
-    for path in [chapter.path, book.root / "constraints.txt", *package, *tools]:
+    for path in [*package, book.root / "constraints.txt", Path(__file__), Path(verification.__file__)]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
@@ -54,35 +69,23 @@ def is_fresh(book: Book, chapter: Chapter) -> bool:
     return path.is_file() and nbformat.read(path, as_version=4).metadata.get("stamp") == stamp(book, chapter)
 
 
-def verification_cells(book: Book, chapter: Chapter, notebook: NotebookNode) -> list[NotebookNode]:
-    """Cells that break every check and try every grader on the stub; their order is the chapter's."""
-    calls = [
-        f"check_must_fail(globals(), {check.where!r}, {check.source!r}, {check.broken_by!r})"
-        for check in ledger.checks(chapter, notebook)[0]
-    ]
-    calls += [
-        f"stub_must_fail(globals(), {exercise.where!r}, {exercise.solution!r}, {exercise.stub!r}, {exercise.grader!r})"
-        for exercise in exercises.collect(chapter, notebook)[0]
-    ]
-    if not calls:
-        return []
-    home = str(Path(__file__).resolve().parents[1])
-    calls.insert(0, f"import sys; sys.path.insert(0, {home!r})\nfrom tools.verification import *")
-    return [nbformat.v4.new_code_cell(call) for call in calls]
-
-
 def execute(book: Book, chapter: Chapter) -> Timing:
     """Run a chapter, verify its checks and graders, publish the executed notebook; ChapterError if anything fails."""
     notebook = source.read(book, chapter)
     own = len(notebook.cells)
-    notebook.cells += verification_cells(book, chapter, notebook)
+    home = str(Path(__file__).resolve().parents[1])
+    calls = [f"import sys; sys.path.insert(0, {home!r})\nfrom tools.verification import *", *trials(chapter, notebook)]
+    notebook.cells += [nbformat.v4.new_code_cell(call) for call in calls]
     mark = stamp(book, chapter)
 
     path = book.root / "out" / "running" / f"{chapter.slug}.ipynb"
     path.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(notebook, path)
     start = time.perf_counter()
-    result = NotebookRun(path, chapter.timeout_s).execute()
+    try:
+        result = NotebookRun(path, chapter.timeout_s).execute()
+    except DeadKernelError:
+        raise ChapterError(f"{chapter.slug}: the kernel died; is there enough memory?") from None
     total_s = time.perf_counter() - start
     executed = result.nb
     if result.error is not None:
@@ -110,11 +113,14 @@ def _seconds(cell: NotebookNode) -> float:
     return (datetime.fromisoformat(end) - datetime.fromisoformat(begin)).total_seconds()
 
 
-def _explain(chapter: Chapter, notebook: NotebookNode, own: int, error) -> ChapterError:
+def _explain(chapter: Chapter, notebook: NotebookNode, own: int, error: NotebookError) -> ChapterError:
+    """Name chapter, cell and error."""
     index = error.failing_cell_index
-    if index >= own:  # the message of a verification names its cell itself
-        failure = next(output for output in notebook.cells[index].outputs if output.output_type == "error")
-        return ChapterError(failure.evalue)
-    number = sum(cell.cell_type == "code" for cell in notebook.cells[: index + 1])
-    where = source.describe(chapter, number, notebook.cells[index])
-    return ChapterError(f"{where}: {strip_ansi(error.summary)}", error.trace)
+    cell = notebook.cells[index]
+    if index < own:
+        number = sum(cell.cell_type == "code" for cell in notebook.cells[: index + 1])
+        return ChapterError(f"{source.describe(chapter, number, cell)}: {strip_ansi(error.summary)}", error.trace)
+    for output in cell.outputs:
+        if output.output_type == "error":  # its message names the cell on trial
+            return ChapterError(output.evalue)
+    return ChapterError(f"{chapter.slug}, while trying {cell.source[:120]}: {strip_ansi(error.summary)}")
