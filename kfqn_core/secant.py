@@ -71,6 +71,7 @@ class LimitedMemoryInverse:
     ----------
     S, Y : `[*batch, memory, size]`, oldest pair first; slots not yet filled are zero rows at the front.
     R_inv : `[*batch, memory, memory]`, the inverse of `R`, with the identity on empty slots.
+    gamma : as given; it may be set to another positive number at any time, since only `apply` reads it.
     """
 
     def __init__(
