@@ -54,7 +54,7 @@ lint: setup ## ruff, codespell, mypy, and the chapters' round trip through jupyt
 	for chapter in chapters/*.md; do \
 	  $(BIN)/jupytext --quiet --to ipynb --output out/lint/$$(basename $$chapter .md).ipynb $$chapter || exit 1; done
 	$(BIN)/ruff check --no-respect-gitignore out/lint
-	$(BIN)/jupytext --quiet --to ipynb --test chapters/*.md
+	$(BIN)/jupytext --quiet --to md:myst --test out/lint/*.ipynb
 	$(BIN)/codespell
 	$(BIN)/mypy
 
