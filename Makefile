@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test book chapters site lab student lint lock clean
+.PHONY: help setup test book chapters site lab student lint format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,10 @@ lint: setup ## ruff, codespell, mypy, and the chapters' round trip through jupyt
 	$(BIN)/jupytext --quiet --to md:myst --test out/lint/*.ipynb
 	$(BIN)/codespell
 	$(BIN)/mypy
+
+format: setup ## the code as ruff, the chapters as JupyterLab would save them
+	$(BIN)/ruff format $(CODE)
+	$(BIN)/jupytext --quiet --to md:myst $$(grep -l 'format_name: myst' chapters/*.md)
 
 lock: setup ## write the versions of .venv to constraints.txt
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt

@@ -2,7 +2,9 @@
 
 import re
 
+import jupytext
 import pytest
+from jupytext.config import load_jupytext_config
 
 from tools import exercises, manifest, source
 from tools.manifest import ROOT
@@ -87,6 +89,14 @@ def test_code_is_shown_from_its_room(chapter, notebook):
 def test_a_chapter_can_be_read_in_one_sitting(chapter, notebook):
     words = len(chapter.path.read_text(encoding="utf-8").split())
     assert 1_500 < words < 12_000
+
+
+@each(BOOK.chapters)
+def test_saving_in_jupyterlab_would_change_nothing(chapter):
+    text = chapter.path.read_text(encoding="utf-8")
+    config = load_jupytext_config(str(chapter.path))
+    saved = jupytext.writes(jupytext.reads(text, fmt="md:myst", config=config), fmt="md:myst", config=config)
+    assert text == saved, "run `make format`"
 
 
 def test_labels_are_unique_over_the_book():
