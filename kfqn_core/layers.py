@@ -1,12 +1,13 @@
 """A layer as `h = W a`: what every method here knows about the architecture, and all it knows.
 
 A layer with weights acts at every *location* in the same way: it multiplies the input vector `a` it sees there by one
-matrix. For a fully connected layer a location is a position in a sequence (one location if there is no sequence). The
-bias is the last column of `W`, and every `a` therefore ends in a constant 1. A `LayerView` holds sizes only, never the
-layer, so that keeping one keeps nothing else alive.
+matrix. For a fully connected layer a location is a position in a sequence (one location if there is no sequence); for a
+convolution it is a position of the output, and `a` is the patch under the kernel. The bias is the last column of `W`,
+and every `a` therefore ends in a constant 1. A `LayerView` holds sizes only, never the layer, so that keeping one keeps
+nothing else alive.
 
 Conventions (notation appendix): N samples, T locations; A is a mean over samples of a *sum* over locations; means of
-inputs and outputs run over both. Derived in chapter 3.
+inputs and outputs run over both. Derived in chapters 3 and 4.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-__all__ = ["LayerView", "LinearView", "UnsupportedLayer", "view"]
+__all__ = ["ConvView", "LayerView", "LinearView", "UnsupportedLayer", "view"]
 
 
 class UnsupportedLayer(TypeError):  # noqa: N818 - named for what it says, not for its kind
@@ -148,23 +149,124 @@ class LinearView(LayerView):
         return torch.cat([scores @ rows, scores.sum()[None]])[None] / samples
 
 
+class ConvView(LayerView):
+    """`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d` with any stride, padding, dilation and groups; inputs `[N, C, *spatial]`.
+
+    `a` is a patch, ordered (channel, kernel position) as the weight is stored, then the 1 of the bias. Patches overlap
+    and are many times larger than the input; only `patches` and `second_moment` form them. The rest is convolutions
+    (derived in chapter 4): `a . v` at all locations is the convolution with the single filter v, and a sum over
+    locations of `a` times a score is the weight gradient of that convolution.
+    """
+
+    def __init__(self, layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
+        self.groups = layer.groups
+        self.has_bias = layer.bias is not None
+        self.d_in = layer.weight[0].numel() + self.has_bias
+        self.d_out = layer.out_channels // layer.groups
+        self.weight_shape = tuple(layer.weight.shape)
+        self.kernel, self.stride, self.dilation = (
+            tuple(layer.kernel_size), tuple(layer.stride), tuple(layer.dilation)
+        )  # fmt: skip
+        self._channels = layer.in_channels
+        self._padding = _padding(layer)
+        self._padding_mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+
+    def patches(self, x: Tensor) -> Tensor:
+        a, rank = self._padded(x), len(self.kernel)
+        for axis, (kernel, stride, dilation) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True)):
+            # The index pattern of one axis: location t and kernel position k meet at t stride + k dilation of the
+            # padded input. The axes before this one already take two dimensions each.
+            dim = 2 + 2 * axis
+            k = torch.arange(kernel, device=x.device) * dilation
+            t = torch.arange(0, a.shape[dim] - dilation * (kernel - 1), stride, device=x.device)
+            pattern = t[:, None] + k
+            a = a.index_select(dim, pattern.flatten()).unflatten(dim, pattern.shape)
+        a = a.unflatten(1, (self.groups, -1))  # [N, groups, C, T1, K1, T2, K2, ...]
+        locations, kernels = range(3, 3 + 2 * rank, 2), range(4, 4 + 2 * rank, 2)
+        a = a.permute(0, 1, *locations, 2, *kernels).flatten(2, 1 + rank).flatten(3)
+        return pad(a, (0, 1), value=1.0) if self.has_bias else a
+
+    def outputs(self, h: Tensor) -> Tensor:
+        self._check_images(h, self.groups * self.d_out, "output")
+        return h.flatten(2).unflatten(1, (self.groups, self.d_out)).transpose(2, 3)
+
+    def mean_input(self, x: Tensor) -> Tensor:
+        self._check_images(x, self._channels, "input")
+        # Padding and patches are linear in x: the mean over samples comes first, and one sample is convolved.
+        mean = self._padded(_at_least_float32(x).mean(dim=0, keepdim=True))
+        sizes = zip(mean.shape[2:], self.kernel, self.stride, self.dilation, strict=True)
+        T = [(size - dilation * (kernel - 1) - 1) // stride + 1 for size, kernel, stride, dilation in sizes]
+        total = self._weight_gradient(mean, mean.new_ones(1, self.groups, *T)) / math.prod(T)
+        return pad(total, (0, 1), value=1.0) if self.has_bias else total
+
+    def activation_action(self, x: Tensor, v: Tensor) -> Tensor:
+        self._check_vectors(v)
+        x = self._padded(x)
+        dtype = torch.promote_types(_at_least_float32(x).dtype, v.dtype)
+        x, v = x.to(dtype), v.to(dtype)
+        filters, bias = (v[:, :-1], v[:, -1]) if self.has_bias else (v, None)
+        filters = filters.reshape(self.groups, -1, *self.kernel)
+        zeros = [0] * len(self.kernel)
+        scores = torch.convolution(
+            x, filters, bias, self.stride, zeros, self.dilation, False, zeros, self.groups
+        )  # [N, groups, *T], every a . v
+        total = self._weight_gradient(x, scores)
+        if self.has_bias:
+            total = torch.cat([total, scores.flatten(2).sum(dim=(0, 2))[:, None]], dim=1)
+        return total / x.shape[0]
+
+    def _weight_gradient(self, x: Tensor, scores: Tensor) -> Tensor:
+        """Sum over samples and locations of patch times score, `[groups, d_in without bias]`."""
+        zeros = [0] * len(self.kernel)
+        filters = x.new_empty(self.groups, *self.weight_shape[1:])
+        needed = [False, True, False]  # not the gradients of the input and of the bias
+        _, gradient, _ = torch.ops.aten.convolution_backward(
+            scores, x, filters, None, self.stride, zeros, self.dilation, False, zeros, self.groups, needed
+        )
+        return gradient.reshape(self.groups, -1)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        self._check_images(x, self._channels, "input")
+        return pad(x, self._padding, mode=self._padding_mode) if any(self._padding) else x
+
+    def _check_images(self, x: Tensor, channels: int, what: str) -> None:
+        _check_floating(x, what)
+        rank = len(self.kernel)
+        if x.ndim != 2 + rank or x.shape[1] != channels or x.numel() == 0:
+            needed = ", ".join(["N", str(channels), *(f"size{i + 1}" for i in range(rank))])
+            raise ValueError(
+                f"the layer's {what} has shape {tuple(x.shape)}, but [{needed}] with at least one sample is needed; "
+                "add a batch dimension if there is none"
+            )
+
+
+SUPPORTED: dict[type[nn.Module], type[LayerView]] = {
+    nn.Linear: LinearView,
+    nn.Conv1d: ConvView,
+    nn.Conv2d: ConvView,
+    nn.Conv3d: ConvView,
+}
+
+
 def view(layer: nn.Module) -> LayerView:
     """The `LayerView` of a layer.
 
-    Accepted: `nn.Linear`, and subclasses that keep its forward and own its weight.
-    Raises UnsupportedLayer (a TypeError) for anything else.
+    Accepted: `nn.Linear`, `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`, and subclasses that keep their forward and own their
+    weight. Raises UnsupportedLayer (a TypeError) for anything else.
     """
     name = type(layer).__name__
-    if not isinstance(layer, nn.Linear):
+    base = next((kind for kind in SUPPORTED if isinstance(layer, kind)), None)
+    if base is None:
         raise UnsupportedLayer(
-            f"{name} is not a layer that this package writes as h = W a; supported: nn.Linear. "
-            "Leave its parameters to the fallback"
+            f"{name} is not a layer that this package writes as h = W a; supported: "
+            f"{', '.join(f'nn.{kind.__name__}' for kind in SUPPORTED)}. Leave its parameters to the fallback"
         )
-    if type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):
-        raise UnsupportedLayer(
-            f"{name} replaces the forward of nn.Linear, so h = W a may not be what it computes; "
-            "use nn.Linear, or leave its parameters to the fallback"
-        )
+    for method in ("forward", "_conv_forward"):
+        if getattr(type(layer), method, None) is not getattr(base, method, None) or method in vars(layer):
+            raise UnsupportedLayer(
+                f"{name} replaces the forward of nn.{base.__name__}, so h = W a may not be what it computes; "
+                f"use nn.{base.__name__}, or leave its parameters to the fallback"
+            )
     if not isinstance(layer.weight, nn.Parameter):
         raise UnsupportedLayer(
             f"{name} computes its weight from other parameters, so h is not linear in those; "
@@ -172,20 +274,34 @@ def view(layer: nn.Module) -> LayerView:
         )
     if nn.parameter.is_lazy(layer.weight):
         raise UnsupportedLayer(f"{name} does not know its input size yet; run one forward pass first")
-    return LinearView(layer)
+    return SUPPORTED[base](layer)  # type: ignore[call-arg]
+
+
+def _padding(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[int]:
+    """What is added before and after each axis, last axis first, as `torch.nn.functional.pad` takes it."""
+    if layer.padding == "valid":
+        return [0] * (2 * len(layer.kernel_size))
+    if layer.padding == "same":
+        reach = [dilation * (k - 1) for dilation, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        return [side for total in reversed(reach) for side in (total // 2, total - total // 2)]
+    return [p for p in reversed(layer.padding) for _ in range(2) if isinstance(p, int)]
 
 
 def _locations(x: Tensor, features: int, what: str) -> Tensor:
     """`[N, ..., features]` as `[N, 1, T, features]`."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        found = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"the layer's {what} must be a real floating-point tensor, not {found}")
+    _check_floating(x, what)
     if x.ndim < 2 or x.shape[-1] != features or x.numel() == 0:
         raise ValueError(
             f"the layer's {what} has shape {tuple(x.shape)}, but [N, ..., {features}] with at least one sample and "
             "one location is needed; add a batch dimension if there is none"
         )
     return x.reshape(x.shape[0], 1, math.prod(x.shape[1:-1]), features)
+
+
+def _check_floating(x: Tensor, what: str) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        found = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"the layer's {what} must be a real floating-point tensor, not {found}")
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
