@@ -35,6 +35,7 @@ __all__ = [
     "layer_gauss_newton",
     "layer_hessian",
     "network_hessian",
+    "preactivation_gauss_newton",
     "preactivation_hessians",
     "unit_gaussian",
 ]
@@ -140,7 +141,7 @@ def cross_hessian(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Hessians in the pre-activations
+# Curvature in the pre-activations
 
 
 @torch.no_grad()
@@ -176,29 +177,25 @@ def preactivation_hessians(
     raised otherwise (sum-reduced loss, BatchNorm or Dropout in training mode). Raises ValueError also as `layer_call`
     does and if the result exceeds `max_bytes`; UnsupportedLayer if the layer is no `h = W a`.
     """
-    module, _, h = layer_call(model, x, layer)
-    layer_view = view(module)
-    _check_batch(x, y)
-    samples, size = h.shape[0], h[0].numel()
-    _check_size("the pre-activation Hessians of all samples", samples * size, size, h, max_bytes)
-    _check_mean_of_samples(model, loss_fn, x, y)
+    return _preactivation_curvature(model, loss_fn, x, y, layer, max_bytes, _hessian_product)
 
-    def loss(shift: Tensor) -> Tensor:
-        with _hooked(module, lambda _module, _inputs, output: output + shift.reshape(h.shape)):
-            return samples * _scalar(loss_fn(_forward(model, {}, x), y))
 
-    # Samples do not see each other, so one unit vector, shifted into all of them at once, reads one column of each.
-    zero = torch.zeros(samples, size, dtype=h.dtype, device=h.device)
-    columns = torch.vmap(lambda v: jvp(grad(loss), (zero,), (v.expand(samples, size),))[1], chunk_size=CHUNK)(
-        torch.eye(size, dtype=h.dtype, device=h.device)
-    )
-    G = columns.permute(1, 2, 0)
-    # Where each (output, location) of the view stands in h flattened: the layer's memory layout is the view's business.
-    place = torch.arange(size, dtype=torch.float64, device=h.device).reshape(1, *h.shape[1:])
-    place = layer_view.outputs(place).permute(0, 1, 3, 2).reshape(-1, layer_view.outputs(h).shape[2]).long()
-    outputs, locations = place.shape
-    flat = place.reshape(-1)
-    return G[:, flat][:, :, flat].reshape(samples, outputs, locations, outputs, locations)
+@torch.no_grad()
+def preactivation_gauss_newton(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    x: Tensor,
+    y: Tensor,
+    layer: nn.Module | str,
+    *,
+    max_bytes: int = MAX_BYTES,
+) -> Tensor:
+    """`J_h^T H_z J_h` of every sample: J_h is the Jacobian of its output z in the layer's output h.
+
+    What `preactivation_hessians` becomes when the network behind the layer is taken to be linear; same layout, scale
+    and errors.
+    """
+    return _preactivation_curvature(model, loss_fn, x, y, layer, max_bytes, _gauss_newton_product)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -230,12 +227,7 @@ def layer_gauss_newton(
     def loss(z: Tensor) -> Tensor:
         return _scalar(loss_fn(z, y))
 
-    def column(v: Tensor) -> Tensor:
-        z, dz = jvp(outputs, (own.theta,), (v,))[:2]
-        Hdz = jvp(grad(loss), (z,), (dz,))[1]
-        return vjp(outputs, own.theta)[1](Hdz)[0]
-
-    return _columns(column, own.theta)
+    return _columns(lambda v: _gauss_newton_product(outputs, loss, own.theta, v), own.theta)
 
 
 @torch.no_grad()
@@ -361,6 +353,57 @@ def _calls(model: nn.Module, module: nn.Module, x: Tensor) -> list[LayerCall]:
         name, _ = _find(model, module)
         raise ValueError(f"layer '{name}' is never called in model(x), so the loss does not depend on it; name another")
     return calls
+
+
+def _hessian_product(
+    outputs: Callable[[Tensor], Tensor], loss: Callable[[Tensor], Tensor], point: Tensor, v: Tensor
+) -> Tensor:
+    return jvp(grad(lambda at: loss(outputs(at))), (point,), (v,))[1]
+
+
+def _gauss_newton_product(
+    outputs: Callable[[Tensor], Tensor], loss: Callable[[Tensor], Tensor], point: Tensor, v: Tensor
+) -> Tensor:
+    z, dz = jvp(outputs, (point,), (v,))[:2]
+    Hdz = jvp(grad(loss), (z,), (dz,))[1]
+    return vjp(outputs, point)[1](Hdz)[0]
+
+
+def _preactivation_curvature(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    x: Tensor,
+    y: Tensor,
+    layer: nn.Module | str,
+    max_bytes: int,
+    product: Callable[..., Tensor],
+) -> Tensor:
+    module, _, h = layer_call(model, x, layer)
+    layer_view = view(module)
+    _check_batch(x, y)
+    samples, size = h.shape[0], h[0].numel()
+    _check_size("the pre-activation Hessians of all samples", samples * size, size, h, max_bytes)
+    _check_mean_of_samples(model, loss_fn, x, y)
+
+    def outputs(shift: Tensor) -> Tensor:
+        with _hooked(module, lambda _module, _inputs, output: output + shift.reshape(h.shape)):
+            return _forward(model, {}, x)
+
+    def loss(z: Tensor) -> Tensor:
+        return samples * _scalar(loss_fn(z, y))
+
+    # Samples do not see each other, so one unit vector, shifted into all of them at once, reads one column of each.
+    zero = torch.zeros(samples, size, dtype=h.dtype, device=h.device)
+    columns = torch.vmap(lambda v: product(outputs, loss, zero, v.expand(samples, size)), chunk_size=CHUNK)(
+        torch.eye(size, dtype=h.dtype, device=h.device)
+    )
+    G = columns.permute(1, 2, 0)
+    # Where each (output, location) of the view stands in h flattened: the layer's memory layout is the view's business.
+    place = torch.arange(size, dtype=torch.float64, device=h.device).reshape(1, *h.shape[1:])
+    place = layer_view.outputs(place).permute(0, 1, 3, 2).reshape(-1, layer_view.outputs(h).shape[2]).long()
+    rows, locations = place.shape
+    flat = place.reshape(-1)
+    return G[:, flat][:, :, flat].reshape(samples, rows, locations, rows, locations)
 
 
 def _columns(column: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
