@@ -358,7 +358,10 @@ def _calls(model: nn.Module, module: nn.Module, x: Tensor) -> list[LayerCall]:
 def _hessian_product(
     outputs: Callable[[Tensor], Tensor], loss: Callable[[Tensor], Tensor], point: Tensor, v: Tensor
 ) -> Tensor:
-    return jvp(grad(lambda at: loss(outputs(at))), (point,), (v,))[1]
+    def composed(at: Tensor) -> Tensor:
+        return loss(outputs(at))
+
+    return jvp(grad(composed), (point,), (v,))[1]
 
 
 def _gauss_newton_product(
