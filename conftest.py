@@ -33,6 +33,11 @@ def pytest_collect_file(file_path, parent):
     return None
 
 
+def pytest_collection_modifyitems(items):
+    # The longest chapter first: parallel workers then finish together.
+    items.sort(key=lambda item: -getattr(item, "budget_s", 0))
+
+
 def pytest_report_teststatus(report):
     if report.when != "call" or not report.passed:
         return None

@@ -17,12 +17,15 @@ class ChapterFile(pytest.File):
         self.book, self.chapter = book, chapter
 
     def collect(self):
-        item = ChapterItem.from_parent(self, name=self.chapter.title)
-        item.add_marker(pytest.mark.timeout(HARD_STOP * self.chapter.budget_s))
-        yield item
+        yield ChapterItem.from_parent(self, name=self.chapter.title, budget_s=self.chapter.budget_s)
 
 
 class ChapterItem(pytest.Item):
+    def __init__(self, *, budget_s, **kwargs):
+        super().__init__(**kwargs)
+        self.budget_s = budget_s
+        self.add_marker(pytest.mark.timeout(HARD_STOP * budget_s))
+
     def runtest(self):
         book, chapter = self.parent.book, self.parent.chapter
         if chapter.device == "gpu" and not gpu_is_available():
@@ -32,10 +35,10 @@ class ChapterItem(pytest.Item):
             self.user_properties.append(("chapter", "REUSED"))
             return
         timing = notebooks.execute(book, chapter)
-        spent = f"took {timing.reading_s:.1f} s, budget {chapter.budget_s} s"
+        spent = f"took {timing.reading_s:.1f} s, budget {self.budget_s} s"
         self.user_properties.append(("chapter", f"PASSED ({spent}; checks tried in {timing.verifying_s:.1f} s)"))
         # `make book` publishes a chapter that is right but slow: the budget binds its authors, not a reader's machine.
-        if timing.reading_s > chapter.budget_s and not reuse:
+        if timing.reading_s > self.budget_s and not reuse:
             raise ChapterError(f"{chapter.slug}: {spent}: make it smaller, or raise budget_s in book.toml")
 
     def repr_failure(self, excinfo, style=None):
@@ -43,7 +46,7 @@ class ChapterItem(pytest.Item):
         if isinstance(error, ChapterError):
             return NbMakeFailureRepr(f"{error}\n{error.trace}".strip(), str(error))
         if isinstance(error, pytest.fail.Exception):  # from pytest-timeout
-            message = f"{chapter.slug}: stopped after {HARD_STOP} times its budget of {chapter.budget_s} s"
+            message = f"{chapter.slug}: stopped after {HARD_STOP} times its budget of {self.budget_s} s"
             return NbMakeFailureRepr(message, message)
         return super().repr_failure(excinfo, style)
 
