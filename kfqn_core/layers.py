@@ -21,6 +21,8 @@ from torch.nn.functional import pad
 
 __all__ = ["ConvView", "LayerView", "LinearView", "UnsupportedLayer", "view"]
 
+PATCH_ENTRIES = 2**24  # patches that `second_moment` holds at once: 64 MiB in float32
+
 
 class UnsupportedLayer(TypeError):  # noqa: N818 - named for what it says, not for its kind
     """The layer cannot be written as `h = W a` by this package."""
@@ -43,6 +45,10 @@ class LayerView(ABC):
     weight_shape: tuple[int, ...]
 
     @abstractmethod
+    def locations(self, x: Tensor) -> int:
+        """T: at how many places the layer acts in one sample of x."""
+
+    @abstractmethod
     def patches(self, x: Tensor) -> Tensor:
         """All input vectors `a`: `[N, groups, T, d_in]` in x's dtype. Reference; large for convolutions."""
 
@@ -62,10 +68,17 @@ class LayerView(ABC):
         """
 
     def second_moment(self, x: Tensor) -> Tensor:
-        """A: mean over samples of the sum over locations of `a a^T`, `[groups, d_in, d_in]`."""
-        a = _at_least_float32(self.patches(x))
-        rows = a.transpose(0, 1).reshape(self.groups, -1, self.d_in)
-        return rows.mT @ rows / a.shape[0]
+        """A: mean over samples of the sum over locations of `a a^T`, `[groups, d_in, d_in]`.
+
+        Forms patches, but only of as many samples at a time as fit into a fixed amount of memory.
+        """
+        at_once = max(1, PATCH_ENTRIES // (self.locations(x) * self.groups * self.d_in))
+        total = torch.zeros(self.groups, self.d_in, self.d_in, dtype=_at_least_float32(x[:0]).dtype, device=x.device)
+        for part in x.split(at_once):
+            a = _at_least_float32(self.patches(part))
+            rows = a.transpose(0, 1).reshape(self.groups, -1, self.d_in)
+            total += rows.mT @ rows
+        return total / x.shape[0]
 
     def mean_output(self, h: Tensor) -> Tensor:
         """hbar: mean of the layer's output (or of its gradient) over samples and locations, `[groups, d_out]`."""
@@ -124,20 +137,23 @@ class LinearView(LayerView):
         self.d_out = layer.out_features
         self.weight_shape = (layer.out_features, layer.in_features)
 
+    def locations(self, x: Tensor) -> int:
+        return _rows(x, self.weight_shape[1], "input").shape[2]
+
     def patches(self, x: Tensor) -> Tensor:
-        a = _locations(x, self.weight_shape[1], "input")
+        a = _rows(x, self.weight_shape[1], "input")
         return pad(a, (0, 1), value=1.0) if self.has_bias else a
 
     def outputs(self, h: Tensor) -> Tensor:
-        return _locations(h, self.d_out, "output")
+        return _rows(h, self.d_out, "output")
 
     def mean_input(self, x: Tensor) -> Tensor:
-        mean = _at_least_float32(_locations(x, self.weight_shape[1], "input")).mean(dim=(0, 2))
+        mean = _at_least_float32(_rows(x, self.weight_shape[1], "input")).mean(dim=(0, 2))
         return pad(mean, (0, 1), value=1.0) if self.has_bias else mean
 
     def activation_action(self, x: Tensor, v: Tensor) -> Tensor:
         self._check_vectors(v)
-        a = _locations(x, self.weight_shape[1], "input")
+        a = _rows(x, self.weight_shape[1], "input")
         samples = a.shape[0]
         dtype = torch.promote_types(_at_least_float32(a).dtype, v.dtype)
         rows, v = a.reshape(-1, a.shape[-1]).to(dtype), v[0].to(dtype)
@@ -170,16 +186,22 @@ class ConvView(LayerView):
         self._channels = layer.in_channels
         self._padding = _padding(layer)
         self._padding_mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        axes = zip(self.kernel, self.dilation, self._padding, strict=True)
+        self._smallest = [_smallest_size(*axis, layer.padding_mode) for axis in axes]
+
+    def locations(self, x: Tensor) -> int:
+        self._check_images(x, self._channels, self._smallest, "input")
+        return math.prod(self._grid(x))
 
     def patches(self, x: Tensor) -> Tensor:
         a, rank = self._padded(x), len(self.kernel)
-        for axis, (kernel, stride, dilation) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True)):
+        axes = zip(self._grid(x), self.kernel, self.stride, self.dilation, strict=True)
+        for axis, (T, kernel, stride, dilation) in enumerate(axes):
             # The index pattern of one axis: location t and kernel position k meet at t stride + k dilation of the
             # padded input. The axes before this one already take two dimensions each.
+            t, k = torch.arange(T, device=x.device), torch.arange(kernel, device=x.device)
+            pattern = t[:, None] * stride + k * dilation
             dim = 2 + 2 * axis
-            k = torch.arange(kernel, device=x.device) * dilation
-            t = torch.arange(0, a.shape[dim] - dilation * (kernel - 1), stride, device=x.device)
-            pattern = t[:, None] + k
             a = a.index_select(dim, pattern.flatten()).unflatten(dim, pattern.shape)
         a = a.unflatten(1, (self.groups, -1))  # [N, groups, C, T1, K1, T2, K2, ...]
         locations, kernels = range(3, 3 + 2 * rank, 2), range(4, 4 + 2 * rank, 2)
@@ -187,16 +209,15 @@ class ConvView(LayerView):
         return pad(a, (0, 1), value=1.0) if self.has_bias else a
 
     def outputs(self, h: Tensor) -> Tensor:
-        self._check_images(h, self.groups * self.d_out, "output")
+        self._check_images(h, self.groups * self.d_out, [1] * len(self.kernel), "output")
         return h.flatten(2).unflatten(1, (self.groups, self.d_out)).transpose(2, 3)
 
     def mean_input(self, x: Tensor) -> Tensor:
-        self._check_images(x, self._channels, "input")
+        T = self.locations(x)
         # Padding and patches are linear in x: the mean over samples comes first, and one sample is convolved.
-        mean = self._padded(_at_least_float32(x).mean(dim=0, keepdim=True))
-        sizes = zip(mean.shape[2:], self.kernel, self.stride, self.dilation, strict=True)
-        T = [(size - dilation * (kernel - 1) - 1) // stride + 1 for size, kernel, stride, dilation in sizes]
-        total = self._weight_gradient(mean, mean.new_ones(1, self.groups, *T)) / math.prod(T)
+        mean = _at_least_float32(x).mean(dim=0, keepdim=True)
+        ones = mean.new_ones(1, self.groups, *self._grid(x))
+        total = self._weight_gradient(self._padded(mean), ones) / T
         return pad(total, (0, 1), value=1.0) if self.has_bias else total
 
     def activation_action(self, x: Tensor, v: Tensor) -> Tensor:
@@ -225,18 +246,27 @@ class ConvView(LayerView):
         )
         return gradient.reshape(self.groups, -1)
 
-    def _padded(self, x: Tensor) -> Tensor:
-        self._check_images(x, self._channels, "input")
-        return pad(x, self._padding, mode=self._padding_mode) if any(self._padding) else x
+    def _grid(self, x: Tensor) -> list[int]:
+        """Locations along each axis; their product is T."""
+        axes = zip(x.shape[2:], self._padding, self.kernel, self.stride, self.dilation, strict=True)
+        return [
+            (size + sum(sides) - dilation * (kernel - 1) - 1) // stride + 1
+            for size, sides, kernel, stride, dilation in axes
+        ]
 
-    def _check_images(self, x: Tensor, channels: int, what: str) -> None:
+    def _padded(self, x: Tensor) -> Tensor:
+        self._check_images(x, self._channels, self._smallest, "input")
+        sides = [side for axis in reversed(self._padding) for side in axis]  # `pad` wants the last axis first
+        return pad(x, sides, mode=self._padding_mode) if any(sides) else x
+
+    def _check_images(self, x: Tensor, channels: int, smallest: list[int], what: str) -> None:
         _check_floating(x, what)
-        rank = len(self.kernel)
-        if x.ndim != 2 + rank or x.shape[1] != channels or x.numel() == 0:
-            needed = ", ".join(["N", str(channels), *(f"size{i + 1}" for i in range(rank))])
+        fits = x.ndim == 2 + len(smallest) and x.shape[0] > 0 and x.shape[1] == channels
+        if not fits or any(size < least for size, least in zip(x.shape[2:], smallest, strict=True)):
+            sizes = ", ".join(f"at least {least}" for least in smallest)
             raise ValueError(
-                f"the layer's {what} has shape {tuple(x.shape)}, but [{needed}] with at least one sample is needed; "
-                "add a batch dimension if there is none"
+                f"the layer's {what} has shape {tuple(x.shape)}, but [N, {channels}, {sizes}] with at least one sample "
+                "is needed; add a batch dimension if there is none"
             )
 
 
@@ -277,17 +307,23 @@ def view(layer: nn.Module) -> LayerView:
     return SUPPORTED[base](layer)  # type: ignore[call-arg]
 
 
-def _padding(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[int]:
-    """What is added before and after each axis, last axis first, as `torch.nn.functional.pad` takes it."""
+def _padding(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[tuple[int, int]]:
+    """What is added before and after each axis."""
     if layer.padding == "valid":
-        return [0] * (2 * len(layer.kernel_size))
+        return [(0, 0) for _ in layer.kernel_size]
     if layer.padding == "same":
         reach = [dilation * (k - 1) for dilation, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-        return [side for total in reversed(reach) for side in (total // 2, total - total // 2)]
-    return [p for p in reversed(layer.padding) for _ in range(2) if isinstance(p, int)]
+        return [(total // 2, total - total // 2) for total in reach]
+    return [(p, p) for p in layer.padding if isinstance(p, int)]
 
 
-def _locations(x: Tensor, features: int, what: str) -> Tensor:
+def _smallest_size(kernel: int, dilation: int, sides: tuple[int, int], mode: str) -> int:
+    """The smallest input along one axis: the kernel must fit, and some paddings are made from the input itself."""
+    source = {"reflect": max(sides) + 1, "circular": max(sides)}.get(mode, 1)
+    return max(1, source, dilation * (kernel - 1) + 1 - sum(sides))
+
+
+def _rows(x: Tensor, features: int, what: str) -> Tensor:
     """`[N, ..., features]` as `[N, 1, T, features]`."""
     _check_floating(x, what)
     if x.ndim < 2 or x.shape[-1] != features or x.numel() == 0:
