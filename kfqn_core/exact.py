@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp
 
 from kfqn_core.algebra import unvec, vec
-from kfqn_core.layers import LayerView, view
+from kfqn_core.layers import SUPPORTED, LayerView, view
 
 __all__ = [
     "LayerCall",
@@ -318,9 +318,9 @@ def _find(model: nn.Module, layer: nn.Module | str) -> tuple[str, nn.Module]:
     for name, module in model.named_modules():
         if module is layer or name == layer:
             return name, module
-    known = ", ".join(repr(name) for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    known = ", ".join(repr(name) for name, module in model.named_modules() if isinstance(module, tuple(SUPPORTED)))
     wanted = repr(layer) if isinstance(layer, str) else f"this {type(layer).__name__}"
-    raise ValueError(f"{wanted} is not a layer of the model; its linear layers are {known or 'none'}")
+    raise ValueError(f"{wanted} is not a layer of the model; those it can be are {known or 'none'}")
 
 
 def _forward(model: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -434,7 +434,7 @@ def _check_size(what: str, rows: int, columns: int, like: Tensor, max_bytes: int
     if needed > max_bytes:
         raise ValueError(
             f"{what} has {rows} x {columns} entries, {needed:,} bytes, and max_bytes is {max_bytes:,}; "
-            "use a smaller network or fewer samples, or raise max_bytes"
+            "use a smaller network, smaller images or fewer samples, or raise max_bytes"
         )
 
 

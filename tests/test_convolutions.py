@@ -390,3 +390,28 @@ class LoudConvolution(nn.Conv2d):
 def test_convolutions_of_another_kind_are_refused_by_name(layer, reason):
     with pytest.raises(UnsupportedLayer, match=reason):
         view(layer)
+
+
+def test_hessians_of_images_too_large_are_refused_before_any_work_and_by_their_count():
+    """Neither the 3,200,000,000 entries of G nor the 28 * 28 of the block, if so few are allowed."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 1, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.LazyLinear(3)).double()
+    x, y = torch.randn(2, 3, 200, 200, dtype=F64), torch.randn(2, 3, dtype=F64)
+    model(x)
+    with pytest.raises(ValueError, match=r"all samples.* 80000 x 40000 entries, 25,600,000,000 bytes.*smaller images"):
+        structured_hessian(model, square, x, y, "0")
+    with pytest.raises(ValueError, match=r"layer '0' has 28 x 28 entries"):
+        exact.layer_hessian(model, square, x, y, "0", max_bytes=1000)
+    with pytest.raises(ValueError, match=r"those it can be are '0', '3'"):
+        exact.layer_hessian(model, square, x, y, "1.5")
+
+
+def test_a_convolution_called_twice_has_a_block_but_no_single_preactivation():
+    torch.manual_seed(0)
+    layer = nn.Conv1d(2, 2, 3, padding=1)
+    model = nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), nn.Flatten(), nn.Linear(10, 3)).double()
+    x, y = torch.randn(2, 2, 5, dtype=F64), torch.randn(2, 3, dtype=F64)
+    H, network_block = exact.layer_hessian(model, wave, x, y, layer), exact.network_hessian(model, wave, x, y)
+    assert abs(H.trace() - network_block.diagonal()[: len(H)].sum()) < 1e-12 * abs(H.trace())
+    with pytest.raises(ValueError, match="called 2 times"):
+        structured_hessian(model, wave, x, y, layer)

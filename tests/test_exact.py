@@ -242,7 +242,7 @@ def test_layers_that_have_no_single_preactivation_are_refused():
     for function in (exact.layer_hessian, exact.preactivation_hessians, exact.layer_gauss_newton):
         with pytest.raises(ValueError, match="'spare' is never called"):
             function(model, square, *data(4, 5), "spare")
-    with pytest.raises(ValueError, match="'9' is not a layer of the model; its linear layers are '0', '2'"):
+    with pytest.raises(ValueError, match="'9' is not a layer of the model; those it can be are '0', '2'"):
         exact.layer_hessian(mlp(), square, *data(4, 5), "9")
     with pytest.raises(ValueError, match="this Linear is not a layer"):
         exact.layer_hessian(mlp(), square, *data(4, 5), shared)
