@@ -46,6 +46,7 @@ prf_realtyp_to_countertyp = dict.fromkeys(["lemma", "proposition", "corollary"],
 
 html_theme = "sphinx_book_theme"
 html_title = BOOK.title
+html_use_index = html_domain_indices = False
 html_favicon = "_static/favicon.svg"
 html_context = {"default_mode": "auto"}
 html_static_path = ["_static"]
