@@ -27,6 +27,8 @@ def test_relative_error_is_computed_in_float64_and_keeps_imaginary_parts():
     one = torch.ones(1, dtype=torch.float64)
     assert relative_error(one + 1e-12, one) == pytest.approx(1e-12, rel=1e-3)
     assert relative_error(np.array([1 + 1j]), np.array([1 + 0j])) == pytest.approx(1.0)
+    assert relative_error(1 + 1e-12, 1.0) == pytest.approx(1e-12, rel=1e-3)  # Python numbers are float64, too
+    assert relative_error([1 + 1e-12], one) == pytest.approx(1e-12, rel=1e-3)
 
 
 def test_relative_error_refuses_to_broadcast():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
@@ -9,7 +10,8 @@ __all__ = ["relative_error"]
 
 
 def _float64(value: torch.Tensor | ArrayLike) -> torch.Tensor:
-    tensor = torch.as_tensor(value).detach().cpu()
+    # torch would round a Python number to float32; numpy does not.
+    tensor = value.detach().cpu() if isinstance(value, torch.Tensor) else torch.as_tensor(np.asarray(value))
     return tensor.to(torch.promote_types(tensor.dtype, torch.float64))
 
 
