@@ -1,8 +1,8 @@
-"""What one forward and backward pass tells about each layer (chapters 8 and 9).
+"""What forward and backward passes tell about each layer (chapters 8 and 9).
 
 One forward hook per layer reads the layer's input `x` and its pre-activation `h`; a tensor hook on `h` reads the
 gradient. Only means over samples and locations of `h` and `g = dl/dh` are kept: the secant pair of `H_g` is
-a difference of such means, `O(d)` numbers per layer.
+a difference of such means, `O(d)` numbers per layer. Inputs are kept by reference.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -19,36 +19,95 @@ from kfqn_core.layers import LayerView
 
 
 @dataclass
-class Record:
-    """One layer in one pass."""
+class Use:
+    """One call of a layer: its input, and what is known of its output.
+
+    `h_mean` and `g_sum` are `[groups, d_out]`: the mean pre-activation over samples and locations, and the sum over
+    both of the gradient of the loss, which is the sum over locations of the mean per-sample gradient.
+    """
 
     x: Tensor
-    """The layer's input, as the layer saw it (a reference, not a copy)."""
+    T: int
     h_mean: Tensor | None = None
-    """Mean pre-activation over samples and locations, `[groups, d_out]`."""
-    g_mean: Tensor | None = None
-    """Mean of the per-sample gradients `g = dl_i/dh` over samples and locations, `[groups, d_out]`."""
+    g_sum: Tensor | None = None
+
+    @property
+    def samples(self) -> int:
+        return self.x.shape[0]
+
+
+@dataclass
+class Record:
+    """All uses of one layer since the last step, by forward pass.
+
+    Several uses in one pass (shared weights) are further locations of the same samples; several passes (accumulated
+    micro-batches) are further samples, each pass's loss being scaled so that the gradients add up to that of the mean.
+    """
+
+    view: LayerView
+    passes: list[list[Use]] = field(default_factory=list)
+
+    @property
+    def samples(self) -> int:
+        return sum(uses[0].samples for uses in self.passes)
+
+    @property
+    def T(self) -> float:
+        """Locations per sample (a mean, where passes differ)."""
+        return sum(use.samples * use.T for use in self._uses()) / self.samples
+
+    def mean_input(self) -> Tensor:
+        """abar: mean of `a` over samples and locations, `[groups, d_in]`."""
+        return self._mean([self.view.mean_input(use.x) for use in self._uses()])
+
+    def mean_output(self) -> Tensor:
+        """hbar: mean of `h` over samples and locations, `[groups, d_out]`. ValueError if outputs were not captured."""
+        return self._mean([_known(use.h_mean) for use in self._uses()])
+
+    def mean_gradient(self) -> Tensor:
+        """gbar: mean over samples and locations of the per-sample gradients `dl_i/dh`, `[groups, d_out]`.
+
+        The loss is a mean over samples, so that summing its gradient over them gives the mean per-sample gradient.
+        """
+        return _total([_known(use.g_sum) for use in self._uses()]) / self.T
+
+    def second_moment(self) -> Tensor:
+        """A: mean over samples of the sum over locations of `a a^T`, `[groups, d_in, d_in]`."""
+        return _total([use.samples / self.samples * self.view.second_moment(use.x) for use in self._uses()])
+
+    def activation_action(self, v: Tensor) -> Tensor:
+        """`A v` for `v` `[groups, d_in]`, without forming `A`."""
+        return _total([use.samples / self.samples * self.view.activation_action(use.x, v) for use in self._uses()])
+
+    def _uses(self) -> list[Use]:
+        return [use for uses in self.passes for use in uses]
+
+    def _mean(self, values: list[Tensor]) -> Tensor:
+        weights = [use.samples * use.T / (self.samples * self.T) for use in self._uses()]
+        return _total([weight * value for weight, value in zip(weights, values, strict=True)])
 
 
 class Capture:
     """Records of every layer in `layers` during training forwards of `model`.
 
-    A hook fires only where gradients are enabled and the layer is in training mode, so evaluation leaves no trace.
-    The hooks know this object weakly, and fire only for the module they were made for: neither a deleted optimizer nor
-    a deep copy of the model writes anywhere.
+    A hook fires only where gradients are enabled and the layer is in training mode, so evaluation leaves no trace; nor
+    does a pass that backward never reaches, or one that activation checkpointing repeats during backward. The hooks
+    know this object weakly, and fire only for the module they were made for: neither a deleted optimizer nor a deep
+    copy of the model writes anywhere.
 
     Args:
-        model: its forward marks the beginning of a pass: the records of the previous one are dropped.
+        model: its forward marks the beginning of a pass.
         layers: the layers to watch, by name, each with its view.
         outputs: whether the means of `h` and `g` are wanted; without them only inputs are kept.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, tuple[nn.Module, LayerView]], *, outputs: bool):
-        self.records: dict[str, Record] = {}
         self._views = {name: view for name, (_, view) in layers.items()}
         self._outputs = outputs
         self._always = False
         self._start_graph = False
+        self._pass = _Pass()
+        self._finished: list[_Pass] = []
         this = weakref.ref(self)
         self._handles = [model.register_forward_pre_hook(_PassHook(this))]
         for name, (module, _) in layers.items():
@@ -59,11 +118,20 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.records = {}
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget every pass since the last step."""
+        self._pass, self._finished = _Pass(), []
 
     def take(self) -> dict[str, Record]:
-        """The records of the last pass; the inputs they refer to are released once the caller drops them."""
-        records, self.records = self.records, {}
+        """The records since the last step; the inputs they refer to are released once the caller drops them."""
+        self._begin_pass()
+        records: dict[str, Record] = {}
+        for finished in self._finished:
+            for name, uses in finished.uses.items():
+                records.setdefault(name, Record(self._views[name])).passes.append(uses)
+        self.clear()
         return records
 
     @contextmanager
@@ -84,27 +152,44 @@ class Capture:
         finally:
             self._start_graph = False
 
+    def _fires(self, module: nn.Module) -> bool:
+        return self._always or (module.training and torch.is_grad_enabled())
+
+    def _begin_pass(self) -> None:
+        if self._pass.reached or self._always:
+            self._finished.append(self._pass)
+        self._pass = _Pass()
+
     def _observe(self, name: str, x: Tensor, h: Tensor) -> Tensor:
-        if name in self.records:
-            raise RuntimeError(
-                f"layer {name!r} was used twice in one forward pass; KFQN keeps one input and one output per layer: "
-                "use two layers, or leave this one to another optimizer"
-            )
-        record = self.records[name] = Record(x.detach())
-        if not self._outputs:
+        uses = self._pass.uses.setdefault(name, [])
+        if uses and torch._C._current_graph_task_id() != -1:
+            return h  # activation checkpointing runs the layer again during backward
+        use = Use(x.detach(), self._views[name].outputs(h.detach()).shape[2])
+        uses.append(use)
+        if self._always:
             return h
         if self._start_graph and not h.requires_grad:
             h = h.requires_grad_().clone()  # a clone, because an in-place activation may not overwrite a leaf
-        view = self._views[name]
-        record.h_mean = view.mean_output(h.detach())
-        samples = h.shape[0]
+        view, current = self._views[name], self._pass
+        if self._outputs:
+            use.h_mean = view.mean_output(h.detach())
 
-        def keep_gradient(grad: Tensor) -> None:
-            # The loss is a mean over samples, so autograd's gradient is 1/m of the per-sample one.
-            record.g_mean = samples * view.mean_output(grad)
+        def on_gradient(grad: Tensor) -> None:
+            current.reached = True
+            if self._outputs:
+                use.g_sum = use.samples * use.T * view.mean_output(grad)
 
-        h.register_hook(keep_gradient)
+        if h.requires_grad:
+            h.register_hook(on_gradient)
         return h
+
+
+@dataclass
+class _Pass:
+    """The uses of every layer in one forward pass, and whether backward reached one of them."""
+
+    uses: dict[str, list[Use]] = field(default_factory=dict)
+    reached: bool = False
 
 
 @dataclass
@@ -115,8 +200,8 @@ class _PassHook:
 
     def __call__(self, model: nn.Module, args: object) -> None:
         capture = self.capture()
-        if capture is not None and (capture._always or (model.training and torch.is_grad_enabled())):
-            capture.records = {}
+        if capture is not None and capture._fires(model):
+            capture._begin_pass()
 
 
 @dataclass
@@ -129,8 +214,21 @@ class _LayerHook:
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], h: Tensor) -> Tensor:
         capture = self.capture()
-        if capture is None or module is not self.module():
+        if capture is None or module is not self.module() or not capture._fires(module):
             return h
-        if capture._always or (module.training and torch.is_grad_enabled()):
-            return capture._observe(self.name, args[0], h)
-        return h
+        return capture._observe(self.name, args[0], h)
+
+
+def _total(values: list[Tensor]) -> Tensor:
+    total = values[0]
+    for value in values[1:]:
+        total = total + value
+    return total
+
+
+def _known(value: Tensor | None) -> Tensor:
+    if value is None:
+        raise ValueError(
+            "this pass holds no output or no gradient of the layer: backward must reach every layer that forward used"
+        )
+    return value

@@ -80,7 +80,8 @@ def describe(model: nn.Module, example: Tensor | None = None, **options: Any) ->
         shape = (layer.view.d_out, layer.view.d_in)
         rows.append(Row(name, "Kronecker", shape, locations.get(name), factors, _size(tensors.values())))
     for p in (p for group in optimizer.param_groups[1:] for p in group["params"]):
-        rows.append(Row(names[id(p)], "momentum", tuple(p.shape), None, "-", _size(optimizer.state[p].values())))
+        kind = "Adam" if "exp_avg" in optimizer.state[p] else "momentum"
+        rows.append(Row(names[id(p)], kind, tuple(p.shape), None, "-", _size(optimizer.state[p].values())))
     for name, p in model.named_parameters():
         if not p.requires_grad:
             rows.append(Row(name, "frozen", tuple(p.shape), None, "-", 0))

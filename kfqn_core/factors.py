@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kfqn_core.damping import double_damping
+from kfqn_core.capture import Record
+from kfqn_core.damping import double_damping, levenberg_marquardt, powell_on_inverse
 from kfqn_core.layers import LayerView
 from kfqn_core.secant import LimitedMemoryInverse, bfgs_inverse_update
 
@@ -76,7 +77,7 @@ class ActivationFactor:
 
     Args:
         view: the layer.
-        damping: `lambda_A`, added to the diagonal of `A`.
+        damping: `lambda_A`, added to the diagonal of `A`; it may be changed between updates.
         decay: weight of the past in the running average of `A`. `None` keeps no `A` at all: its action is taken from
             the current mini-batch, without forming it.
 
@@ -89,7 +90,6 @@ class ActivationFactor:
     def __init__(
         self, view: LayerView, damping: float, decay: float | None, *, dtype: torch.dtype, device: torch.device
     ):
-        self.view = view
         self.damping = damping
         self.decay = decay
         shape = (view.groups, view.d_in, view.d_in)
@@ -129,16 +129,13 @@ class ActivationFactor:
             raise ValueError("this factor keeps no A: it was made with decay=None; give a decay in [0, 1)")
         self.A.lerp_(torch.where(finite, A.to(self.A.dtype), self.A), 1.0 - self.decay)
 
-    def update(self, x: Tensor, finite: Tensor) -> None:
-        """One Hessian-action update of `H_a` from the layer's input `x` of this mini-batch, where `finite` holds."""
+    def update(self, record: Record, finite: Tensor) -> None:
+        """One Hessian-action update of `H_a` from the layer's inputs in this mini-batch, where `finite` holds."""
         H = self.inverse.H
-        a_mean = self.view.mean_input(x).to(H.dtype)
+        a_mean = record.mean_input().to(H.dtype)
         s = (H @ a_mean[..., None])[..., 0]
-        if self.A is None:
-            action = self.view.activation_action(x, s.to(x.dtype)).to(H.dtype)
-        else:
-            action = (self.A @ s[..., None])[..., 0]
-        y = action + self.damping * s
+        action = record.activation_action(s) if self.A is None else (self.A @ s[..., None])[..., 0]
+        y = action.to(H.dtype) + self.damping * s
         self.inverse.append(s, y, acceptable(s, y, a_mean) & finite)
 
 
@@ -147,7 +144,8 @@ class GradientFactor:
 
     Args:
         view: the layer.
-        damping: `lambda_G`, the `mu2` of the second damping.
+        damping: `lambda_G`, the `mu2` of the second damping; it may be changed between updates.
+        pair_damping: `"double"`, D_P then D_I (2020), or `"levenberg-marquardt"`, D_P then D_LM (2021).
         memory: number of pairs of the limited-memory form, or `None` for a dense matrix.
         pair_momentum: weight of the past in the running averages of `s` and `y`.
         mu1: the first damping keeps `s'y >= mu1 y'H_g y`.
@@ -163,12 +161,14 @@ class GradientFactor:
         damping: float,
         memory: int | None,
         *,
+        pair_damping: str,
         pair_momentum: float,
         mu1: float,
         dtype: torch.dtype,
         device: torch.device,
     ):
-        self.mu1, self.mu2 = mu1, damping
+        self.mu1, self.damping = mu1, damping
+        self.pair_damping = pair_damping
         self.pair_momentum = pair_momentum
         self.s_mean = torch.zeros(view.groups, view.d_out, dtype=dtype, device=device)
         self.y_mean = torch.zeros_like(self.s_mean)
@@ -200,5 +200,11 @@ class GradientFactor:
         self.s_mean.lerp_(torch.where(finite, s, self.s_mean), 1.0 - self.pair_momentum)
         self.y_mean.lerp_(torch.where(finite, y, self.y_mean), 1.0 - self.pair_momentum)
         H_y = self.inverse.apply(self.y_mean[..., None])[..., 0]
-        s, y = double_damping(H_y, self.s_mean, self.y_mean, self.mu1, self.mu2)
+        s, y = self._damped(H_y)
         self.inverse.append(s, y, acceptable(s, y, g_mean.to(dtype)) & finite)
+
+    def _damped(self, H_y: Tensor) -> tuple[Tensor, Tensor]:
+        if self.pair_damping == "double":
+            return double_damping(H_y, self.s_mean, self.y_mean, self.mu1, self.damping)
+        s, y = powell_on_inverse(H_y, self.s_mean, self.y_mean, self.mu1)
+        return levenberg_marquardt(s, y, self.damping)

@@ -13,21 +13,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 from kfqn_core.capture import Capture, Record
 from kfqn_core.second_pass import SecondPass, cuda_devices, restored
 from kfqn_core.update import Layer, curvature_layers
 
-PAIRS = (None, "second_pass")
+PAIRS = (None, "next_batch", "second_pass")
+PAIR_DAMPINGS = ("double", "levenberg-marquardt")
+DAMPING_SPLITS = ("even", "locations")
 STEP_LENGTHS = ("raw", "normalised")
+ADAM_BETAS, ADAM_EPS = (0.9, 0.99), 1e-8
 
 
 class KFQN(torch.optim.Optimizer):
-    """Kronecker-factored quasi-Newton for the `nn.Linear` layers of a model; momentum for its other parameters.
+    """Kronecker-factored quasi-Newton for the linear and convolutional layers of a model.
 
-    With the default `pairs=None` it is used as Adam is: `loss.backward(); optimizer.step()`. With
-    `pairs="second_pass"`, the papers' method, `step` takes a closure as `torch.optim.LBFGS` does, and evaluates it
-    twice on the same mini-batch:
+    By default it is used as Adam is: `loss.backward(); optimizer.step()`. With `pairs="second_pass"`, the papers'
+    method, `step` takes a closure as `torch.optim.LBFGS` does, and evaluates it twice on the same mini-batch:
 
         def closure():
             optimizer.zero_grad()
@@ -37,28 +40,35 @@ class KFQN(torch.optim.Optimizer):
         optimizer.step(closure)
 
     Args:
-        model: its `nn.Linear` layers with trainable parameters of their own become curvature layers (see `describe`).
+        model: its `nn.Linear` and `nn.Conv1d/2d/3d` layers with trainable parameters of their own become curvature
+            layers (see `describe`).
         lr: step length.
         pairs: `None` leaves `H_g` the identity; `"second_pass"` measures its secant pair on the same mini-batch, after
-            the step.
-        damping: lambda. With pairs it is split evenly, `lambda_A = lambda_G = sqrt(lambda)`, as in 2020, and must be
-            below 1 (double damping needs `mu2 = lambda_G < 1`). Without pairs `A` carries it all, `lambda_A = lambda`.
+            the step; `"next_batch"` takes the difference of consecutive mini-batches instead, which costs nothing and
+            is noisy (chapter 2).
+        damping: lambda. Without pairs `A` carries it all, `lambda_A = lambda`; with pairs it is split.
+        damping_split: `"even"`, `lambda_A = lambda_G = sqrt(lambda)` (2020); or `"locations"`,
+            `lambda_A = sqrt(lambda T)` and `lambda_G = sqrt(lambda / T)` for a layer with T locations (2022).
+        pair_damping: how a pair is made safe: `"double"`, Powell on `H_g`, then on the identity (2020; needs
+            `lambda_G < 1`), or `"levenberg-marquardt"`, Powell on `H_g`, then `y + lambda_G s` (2021).
         activation_decay: weight of the past in the running average of `A`; `None` takes the action of `A` from the
             current mini-batch and keeps no `A`.
         memory: pairs kept by a limited-memory `H_g` (K-BFGS(L)); `None` keeps a dense `H_g`.
         momentum: weight of the past in the running average of the gradient (not bias-corrected).
         pair_momentum: weight of the past in the running average of the secant pairs. Use 0 with full-batch gradients.
         mu1: Powell's constant for `H_g`, in (0, 1).
-        weight_decay: tau, added to the gradient as `tau [W | b]` (coupled, biases included).
+        weight_decay: tau, added to the gradient as `tau [W | b]`, biases included.
+        decoupled_weight_decay: multiply all parameters by `1 - lr tau` instead.
         refresh: curvature is updated every `refresh` steps; only these steps pay for a second pass.
-        step_length: `"raw"` moves by `lr D` (the papers); `"normalised"` by `lr 0.2 sqrt(numel D) / ||D||_F D`.
+        step_length: `"raw"` moves layers by `lr D`, and other parameters by `lr` times their averaged gradient (the
+            papers); `"normalised"` moves layers by `lr 0.2 sqrt(numel D) / ||D||_F D`, and others by Adam, same lr.
 
     Raises:
         ValueError: for an option out of range, or a model without a supported layer.
 
-    `loss` must be a mean over samples (axis 0): per-sample gradients are recovered from it by the batch size. A step
-    whose loss or gradient is not finite changes neither parameters nor curvature and is counted in `skipped_steps`.
-    Parameters outside curvature layers move by `lr` times their averaged gradient.
+    `loss` must be a mean over samples (axis 0), since mean per-sample gradients are recovered from it; where
+    micro-batches are accumulated, scale each loss so that the gradients add up to that of the mean. A step whose loss
+    or gradient is not finite changes neither parameters nor curvature and is counted in `skipped_steps`.
     """
 
     def __init__(
@@ -68,30 +78,34 @@ class KFQN(torch.optim.Optimizer):
         *,
         pairs: str | None = None,
         damping: float = 0.03,
+        damping_split: str = "even",
+        pair_damping: str = "double",
         activation_decay: float | None = None,
         memory: int | None = None,
         momentum: float = 0.9,
         pair_momentum: float = 0.9,
         mu1: float = 0.2,
         weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
         refresh: int = 1,
         step_length: str = "normalised",
     ):
         _check_options(
-            lr=lr, pairs=pairs, damping=damping, activation_decay=activation_decay, memory=memory, momentum=momentum,
-            pair_momentum=pair_momentum, mu1=mu1, weight_decay=weight_decay, refresh=refresh, step_length=step_length,
+            lr=lr, pairs=pairs, damping=damping, damping_split=damping_split, pair_damping=pair_damping,
+            activation_decay=activation_decay, memory=memory, momentum=momentum, pair_momentum=pair_momentum, mu1=mu1,
+            weight_decay=weight_decay, refresh=refresh, step_length=step_length,
         )  # fmt: skip
         modules, rest = curvature_layers(model)
         if not modules:
             raise ValueError(
-                f"{type(model).__name__} has no nn.Linear layer with trainable parameters of its own, so there is "
-                "nothing for KFQN to do: unfreeze a layer, or use another optimizer"
+                f"{type(model).__name__} has no linear or convolutional layer with trainable parameters of its own, so "
+                "there is nothing for KFQN to do: unfreeze a layer, or use another optimizer"
             )
         self._layers = [
             Layer.build(
                 name, module, layer_view,
-                damping=_split(damping, pairs), pairs=pairs, activation_decay=activation_decay, memory=memory,
-                pair_momentum=pair_momentum, mu1=mu1,
+                damping=damping, damping_split=damping_split, pairs=pairs, activation_decay=activation_decay,
+                memory=memory, pair_damping=pair_damping, pair_momentum=pair_momentum, mu1=mu1,
             )
             for name, (module, layer_view) in modules.items()
         ]  # fmt: skip
@@ -99,19 +113,20 @@ class KFQN(torch.optim.Optimizer):
         groups: list[dict[str, Any]] = [{"params": curvature}]
         if rest:
             groups.append({"params": list(rest.values())})
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(groups, {**defaults, "decoupled_weight_decay": decoupled_weight_decay})
+        self._normalised = step_length == "normalised"
         for layer in self._layers:
             self.state[layer.weight] = layer.tensors()
         for p in rest.values():
-            self.state[p] = {"M": torch.zeros_like(p)}
+            self.state[p] = _adam_state(p) if self._normalised else {"M": torch.zeros_like(p)}
         self._model = model
-        self._second_pass = pairs == "second_pass"
-        self._normalised = step_length == "normalised"
+        self._pairs = pairs
         self._refresh = refresh
         self._steps = 0
         self._warm_started = False
         self._skipped = torch.zeros((), dtype=torch.int64, device=curvature[0].device)
-        self._capture = Capture(model, modules, outputs=self._second_pass)
+        self._capture = Capture(model, modules, outputs=pairs is not None)
 
     @property
     def layers(self) -> dict[str, Layer]:
@@ -157,6 +172,7 @@ class KFQN(torch.optim.Optimizer):
         if self._steps:
             raise RuntimeError("warm_start comes before the first step; this optimizer has already stepped")
         sums = {layer.name: torch.zeros_like(layer.activation.H) for layer in self._layers}
+        locations = dict.fromkeys(sums, 0.0)
         samples = 0
         with restored(self._model, cuda_devices(self._params())), self._capture.inputs_only():
             for x in batches:
@@ -167,11 +183,13 @@ class KFQN(torch.optim.Optimizer):
                         raise RuntimeError(
                             f"layer {layer.name!r} was not used in the forward pass: freeze or remove it"
                         )
-                    sums[layer.name] += len(x) * layer.view.second_moment(records[layer.name].x)
+                    sums[layer.name] += len(x) * records[layer.name].second_moment()
+                    locations[layer.name] += len(x) * records[layer.name].T
                 samples += len(x)
         if samples == 0:
             raise ValueError("warm_start got no mini-batch; pass an iterable of inputs, e.g. (x for x, _ in loader)")
         for layer in self._layers:
+            layer.split_damping(locations[layer.name] / samples)
             layer.activation.start(sums[layer.name] / samples)
         self._warm_started = True
 
@@ -182,13 +200,14 @@ class KFQN(torch.optim.Optimizer):
         Raises:
             RuntimeError: if `pairs="second_pass"` and no closure is given, or no training forward was seen.
         """
-        if self._second_pass and closure is None:
+        second_pass = self._pairs == "second_pass"
+        if second_pass and closure is None:
             raise RuntimeError(
                 'pairs="second_pass" evaluates the mini-batch again after the step: call step(closure) with a closure '
                 "that zeroes gradients, computes the loss, calls backward and returns the loss"
             )
         refresh = self._steps % self._refresh == 0
-        again = SecondPass(self._model, self._params()) if self._second_pass and refresh else None
+        again = SecondPass(self._model, self._params()) if second_pass and refresh else None
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -199,7 +218,7 @@ class KFQN(torch.optim.Optimizer):
         self._skipped += ~finite
 
         for layer in layers:
-            self._observe_inputs(layer, records[layer.name].x, finite)
+            self._observe_inputs(layer, records[layer.name], finite)
             self._move(layer, finite)
         self._move_rest(finite)
         if again is not None and closure is not None:
@@ -207,12 +226,19 @@ class KFQN(torch.optim.Optimizer):
                 again.evaluate(closure)
             after = self._records(layers)
             for layer in layers:
-                layer.update_gradient_factor(records[layer.name], after[layer.name], finite)
-        if refresh:
-            for layer in layers:
-                layer.activation.update(records[layer.name].x, finite)
+                layer.pair_with(records[layer.name], after[layer.name], finite)
+        for layer in layers:
+            if self._pairs == "next_batch":
+                layer.pair_with_last(records[layer.name], refresh, finite)
+            if refresh:
+                layer.activation.update(records[layer.name], finite)
         self._steps += 1
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As `torch.optim.Optimizer.zero_grad`; what was captured of passes not stepped on is forgotten with them."""
+        super().zero_grad(set_to_none)
+        self._capture.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict`, with this optimizer's counters; loads under `weights_only=True`."""
@@ -270,36 +296,60 @@ class KFQN(torch.optim.Optimizer):
         device = self._skipped.device
         return torch.stack([scalar.float().to(device).reshape(()) for scalar in scalars]).isfinite().all()
 
-    def _observe_inputs(self, layer: Layer, x: Tensor, finite: Tensor) -> None:
+    def _observe_inputs(self, layer: Layer, record: Record, finite: Tensor) -> None:
         """The running `A`; at the first step without a warm start also `H_a`. A warm-started `A` sits that step out."""
+        layer.split_damping(record.T)
         if not layer.activation.started:
-            layer.activation.start(layer.view.second_moment(x))
+            layer.activation.start(record.second_moment())
         elif layer.activation.A is not None and not (self._warm_started and self._steps == 0):
-            layer.activation.average(layer.view.second_moment(x), finite)
+            layer.activation.average(record.second_moment(), finite)
 
     def _move(self, layer: Layer, finite: Tensor) -> None:
         group = self.param_groups[0]
-        G = layer.gradient_matrix(group["weight_decay"])
+        G = layer.gradient_matrix(0.0 if group["decoupled_weight_decay"] else group["weight_decay"])
         layer.M.lerp_(torch.where(finite, G, layer.M), 1.0 - group["momentum"])
         D = layer.direction()
         if self._normalised:
             D = D * (0.2 * math.sqrt(D.numel()) / D.norm().clamp_min(torch.finfo(D.dtype).tiny))
+        _shrink([p for p in (layer.weight, layer.bias) if p is not None], group, finite)
         layer.move(torch.where(finite, group["lr"] * D, 0.0))
 
     def _move_rest(self, finite: Tensor) -> None:
         for group in self.param_groups[1:]:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
+            params = [p for p in group["params"] if p.grad is not None]
+            decay = 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
+            _shrink(params, group, finite)
+            if self._normalised:
+                self._move_by_adam(params, group["lr"], decay, finite)
+                continue
+            for p in params:
                 M = self.state[p]["M"]
-                G = p.grad.add(p, alpha=group["weight_decay"])
-                M.lerp_(torch.where(finite, G, M), 1.0 - group["momentum"])
+                M.lerp_(torch.where(finite, p.grad.add(p, alpha=decay), M), 1.0 - group["momentum"])
                 p.sub_(torch.where(finite, group["lr"] * M, 0.0))
 
+    def _move_by_adam(self, params: list[nn.Parameter], lr: float, decay: float, finite: Tensor) -> None:
+        if not params:
+            return
+        states = [self.state[p] for p in params]
+        adam(
+            list(params), [p.grad for p in params if p.grad is not None],
+            [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [], [s["step"] for s in states],
+            # The fused kernel leaves everything as it was where found_inf is 1, without asking the host.
+            fused=True, found_inf=(~finite).float(), amsgrad=False,
+            beta1=ADAM_BETAS[0], beta2=ADAM_BETAS[1], lr=lr, weight_decay=decay, eps=ADAM_EPS, maximize=False,
+        )  # fmt: skip
 
-def _split(damping: float, pairs: str | None) -> tuple[float, float]:
-    """lambda -> (lambda_A, lambda_G): evenly in the product where both factors are damped."""
-    return (damping, 0.0) if pairs is None else (math.sqrt(damping), math.sqrt(damping))
+
+def _adam_state(p: nn.Parameter) -> dict[str, Tensor]:
+    step = torch.zeros((), dtype=torch.float32, device=p.device)
+    return {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+
+
+def _shrink(params: list[nn.Parameter], group: dict[str, Any], finite: Tensor) -> None:
+    """Decoupled weight decay: `p <- (1 - lr tau) p`, where `finite` holds."""
+    if group["decoupled_weight_decay"] and group["weight_decay"]:
+        for p in params:
+            p.sub_(torch.where(finite, group["lr"] * group["weight_decay"] * p, 0.0))
 
 
 def _check_options(**options: Any) -> None:
@@ -317,10 +367,12 @@ def _check_options(**options: Any) -> None:
     require("lr", number("lr") and options["lr"] >= 0, "a number >= 0")
     require("pairs", options["pairs"] in PAIRS, f"one of {PAIRS}")
     require("damping", number("damping") and options["damping"] > 0, "a number > 0")
-    if options["pairs"] is not None:
-        require("damping", options["damping"] < 1, "below 1 with pairs, since double damping needs sqrt(damping) < 1")
-    else:
-        require("memory", options["memory"] is None, 'None unless H_g is estimated (pairs="second_pass")')
+    require("damping_split", options["damping_split"] in DAMPING_SPLITS, f"one of {DAMPING_SPLITS}")
+    require("pair_damping", options["pair_damping"] in PAIR_DAMPINGS, f"one of {PAIR_DAMPINGS}")
+    if options["pairs"] is None:
+        require("memory", options["memory"] is None, "None unless H_g is estimated (give pairs)")
+    elif options["pair_damping"] == "double":
+        require("damping", options["damping"] < 1, "below 1: double damping of pairs needs lambda_G < 1")
     require("memory", options["memory"] is None or natural("memory"), "None or a whole number >= 1")
     require("mu1", number("mu1") and 0 < options["mu1"] < 1, "a number in (0, 1)")
     for name in ("momentum", "pair_momentum"):

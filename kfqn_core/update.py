@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,9 @@ from kfqn_core.layers import LayerView, UnsupportedLayer, view
 class Layer:
     """A curvature layer: its parameters, the momentum of their gradient, and the two factors.
 
-    `M` is `[groups, d_out, d_in]`, the running average of the gradient matrix; `gradient` is None where `H_g` is the
-    identity.
+    `M` is `[groups, d_out, d_in]`, the momentum of the gradient matrix; `gradient` is None where `H_g` is the identity.
+    `h_last` and `g_last` are `[groups, d_out]`, the means of the previous mini-batch where pairs come from consecutive
+    ones, else None; NaN until a first one was seen.
     """
 
     name: str
@@ -28,6 +30,10 @@ class Layer:
     M: Tensor
     activation: ActivationFactor
     gradient: GradientFactor | None
+    h_last: Tensor | None
+    g_last: Tensor | None
+    damping: float
+    damping_split: str
 
     @classmethod
     def build(
@@ -36,17 +42,16 @@ class Layer:
         module: nn.Module,
         layer_view: LayerView,
         *,
-        damping: tuple[float, float],
+        damping: float,
+        damping_split: str,
         pairs: str | None,
         activation_decay: float | None,
         memory: int | None,
+        pair_damping: str,
         pair_momentum: float,
         mu1: float,
     ) -> Layer:
-        """Allocate the state of one layer beside its weight, in float32 at least.
-
-        `damping` is `(lambda_A, lambda_G)`; the other options are those of `KFQN`.
-        """
+        """Allocate the state of one layer beside its weight, in float32 at least. The options are those of `KFQN`."""
         weight, bias = module.weight, module.bias
         assert isinstance(weight, nn.Parameter)
         assert bias is None or isinstance(bias, nn.Parameter)
@@ -55,11 +60,32 @@ class Layer:
             "device": weight.device,
         }
         M = torch.zeros(layer_view.groups, layer_view.d_out, layer_view.d_in, **like)
-        activation = ActivationFactor(layer_view, damping[0], activation_decay, **like)
-        gradient = None
+        activation = ActivationFactor(layer_view, damping, activation_decay, **like)
+        gradient = h_last = g_last = None
         if pairs is not None:
-            gradient = GradientFactor(layer_view, damping[1], memory, pair_momentum=pair_momentum, mu1=mu1, **like)
-        return cls(name, layer_view, weight, bias, M, activation, gradient)
+            gradient = GradientFactor(
+                layer_view, damping, memory,
+                pair_damping=pair_damping, pair_momentum=pair_momentum, mu1=mu1, **like,
+            )  # fmt: skip
+        if pairs == "next_batch":
+            h_last, g_last = (torch.full((layer_view.groups, layer_view.d_out), torch.nan, **like) for _ in range(2))
+        return cls(
+            name, layer_view, weight, bias, M, activation, gradient, h_last, g_last, damping, damping_split
+        )  # fmt: skip
+
+    def split_damping(self, T: float) -> None:
+        """lambda -> lambda_A, lambda_G for a layer with T locations.
+
+        Without `H_g`, `A` carries it all. `"even"` gives each sqrt(lambda); `"locations"` gives sqrt(lambda T) to `A`,
+        which sums over locations, and sqrt(lambda / T) to `G`, which averages: each then keeps its meaning whatever T
+        is (2022). The product is lambda in both.
+        """
+        if self.gradient is None:
+            self.activation.damping = self.damping
+            return
+        T = T if self.damping_split == "locations" else 1.0
+        self.activation.damping = math.sqrt(self.damping * T)
+        self.gradient.damping = math.sqrt(self.damping / T)
 
     def gradient_matrix(self, weight_decay: float) -> Tensor:
         """`[dW | db] + weight_decay [W | b]`, `[groups, d_out, d_in]`, in the dtype of the factors."""
@@ -80,22 +106,42 @@ class Layer:
         if self.bias is not None and bias_step is not None:
             self.bias.sub_(bias_step)
 
-    def update_gradient_factor(self, before: Record, after: Record, finite: Tensor) -> None:
+    def pair_with(self, before: Record, after: Record, finite: Tensor) -> None:
         """`H_g` from the same mini-batch before and after the step, where `finite` holds.
 
         Raises:
-            RuntimeError: if no gradient reached the layer's output in one of the passes.
+            ValueError: if `H_g` is the identity, or no gradient reached the layer's output in one of the passes.
         """
         if self.gradient is None:
             raise ValueError(f"layer {self.name!r} keeps no H_g: KFQN was made with pairs=None")
-        if before.h_mean is None or before.g_mean is None or after.h_mean is None or after.g_mean is None:
-            raise RuntimeError(f"no gradient reached the output of layer {self.name!r}: the closure must call backward")
-        self.gradient.update(after.h_mean - before.h_mean, after.g_mean - before.g_mean, before.g_mean, finite)
+        g_mean = before.mean_gradient()
+        s, y = after.mean_output() - before.mean_output(), after.mean_gradient() - g_mean
+        self.gradient.update(s, y, g_mean, finite)
+
+    def pair_with_last(self, record: Record, refresh: bool, finite: Tensor) -> None:
+        """`H_g` from this mini-batch and the one before, if `refresh` and where `finite` holds; then remember this one.
+
+        Raises:
+            ValueError: if the layer was not built for `pairs="next_batch"`, or no gradient reached its output.
+        """
+        if self.gradient is None or self.h_last is None or self.g_last is None:
+            raise ValueError(f'layer {self.name!r} remembers no mini-batch: KFQN was not made with pairs="next_batch"')
+        h_mean, g_mean = record.mean_output().to(self.h_last.dtype), record.mean_gradient().to(self.h_last.dtype)
+        if refresh:
+            self.gradient.update(h_mean - self.h_last, g_mean - self.g_last, self.g_last, finite)
+        self.h_last.copy_(torch.where(finite, h_mean, self.h_last))
+        self.g_last.copy_(torch.where(finite, g_mean, self.g_last))
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that lives from one step to the next, by name."""
         curvature = {} if self.gradient is None else self.gradient.tensors()
-        return {"M": self.M, **self.activation.tensors(), **curvature}
+        last = {"h_last": self.h_last, "g_last": self.g_last}
+        return {
+            "M": self.M,
+            **self.activation.tensors(),
+            **curvature,
+            **{name: tensor for name, tensor in last.items() if tensor is not None},
+        }
 
 
 def curvature_layers(model: nn.Module) -> tuple[dict[str, tuple[nn.Module, LayerView]], dict[str, nn.Parameter]]:

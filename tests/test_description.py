@@ -27,6 +27,7 @@ def test_every_parameter_has_a_line():
     }  # fmt: skip
     assert table.rows[0].T == 5
     assert table.rows[0].shape == (16, 9)
+    assert [row.kind for row in describe(model()).rows] == ["Kronecker", "Adam", "Adam", "frozen"]
     text = str(table)
     assert "H_a 9x9" in text
     assert "H_g 16x16" in text
