@@ -17,6 +17,14 @@ from tests.reference_kbfgs import ReferenceKBFGS, bfgs_formula
 
 WIDTHS = (6, 9, 4, 5)
 STEPS = 20
+METHODS = {
+    "default": {},
+    "KBFGS_2020": presets.KBFGS_2020,
+    "KBFGS_L_2020": presets.KBFGS_L_2020,
+    "KFQN_CNN_2021": presets.KFQN_CNN_2021,
+    "KFQN_2022": presets.KFQN_2022,
+    "next_batch": {"pairs": "next_batch"},
+}
 TOLERANCE = 1e-10  # twenty steps of float64 rounding, each amplified by the conditioning of H (about 1e3)
 
 
@@ -148,11 +156,11 @@ def test_direction_is_the_kronecker_inverse_applied_to_the_momentum():
         assert error(layer.direction()[0], expected) < 1e-13
 
 
-@pytest.mark.parametrize("preset", [presets.KBFGS_2020, presets.KBFGS_L_2020, {}], ids=["dense", "limited", "default"])
+@pytest.mark.parametrize("preset", METHODS.values(), ids=METHODS)
 def test_training_lowers_the_loss(preset):
     data = batches(count=20, samples=64)
     model = tanh_network()
-    optimizer = KFQN(model, lr=0.3 if preset else 0.03, **preset)
+    optimizer = KFQN(model, lr=0.3 if preset.get("step_length") == "raw" else 0.03, **preset)
     losses = train(model, optimizer, data, 100)
     floor = 0.5 * WIDTHS[-1] * 0.3**2  # the targets carry noise of standard deviation 0.3 in each coordinate
     assert np.mean(losses[-10:]) - floor < 0.3 * (np.mean(losses[:3]) - floor)
@@ -251,7 +259,7 @@ def snapshot(model, optimizer):
 
 
 @pytest.mark.parametrize("poison", ["input", "target"])
-@pytest.mark.parametrize("preset", [presets.KBFGS_2020, presets.KBFGS_L_2020, {}], ids=["dense", "limited", "default"])
+@pytest.mark.parametrize("preset", METHODS.values(), ids=METHODS)
 def test_a_batch_with_nan_changes_nothing_but_the_count(preset, poison):
     data = batches()
     model = tanh_network()
@@ -269,7 +277,7 @@ def test_a_batch_with_nan_changes_nothing_but_the_count(preset, poison):
 
 
 @pytest.mark.parametrize("stop", [1, 4, 7])
-@pytest.mark.parametrize("preset", [presets.KBFGS_2020, presets.KBFGS_L_2020, {}], ids=["dense", "limited", "default"])
+@pytest.mark.parametrize("preset", METHODS.values(), ids=METHODS)
 def test_resume_equals_uninterrupted_bitwise(preset, stop):
     data = batches(dtype=torch.float32)
     model = tanh_network(dtype=torch.float32)
@@ -437,13 +445,14 @@ def test_clear_refusals():
         optimizer.warm_start([x])
 
 
-@pytest.mark.parametrize("preset", [presets.KBFGS_2020, presets.KBFGS_L_2020, {}], ids=["dense", "limited", "default"])
+@pytest.mark.parametrize("preset", METHODS.values(), ids=METHODS)
 def test_a_step_reads_nothing_on_the_host(preset):
     """Under FakeTensorMode a tensor has no value: any `.item()` or branch on one raises."""
     with FakeTensorMode():
-        model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 5))
+        convolution = nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.BatchNorm2d(4), nn.ReLU())
+        model = nn.Sequential(convolution, nn.Flatten(), nn.Linear(36, 5))
         optimizer = KFQN(model, lr=0.1, **preset)
-        x, y = torch.zeros(16, 6), torch.zeros(16, 5)
+        x, y = torch.zeros(16, 2, 5, 5), torch.zeros(16, 5)
         for _ in range(3):
             optimizer.step(closure_for(model, optimizer, square_loss, x, y))
         with pytest.raises(DataDependentOutputException):
