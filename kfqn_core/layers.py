@@ -197,8 +197,9 @@ class ConvView(LayerView):
         a, rank = self._padded(x), len(self.kernel)
         axes = zip(self._grid(x), self.kernel, self.stride, self.dilation, strict=True)
         for axis, (T, kernel, stride, dilation) in enumerate(axes):
-            # The index pattern of one axis: location t and kernel position k meet at t stride + k dilation of the
-            # padded input. The axes before this one already take two dimensions each.
+            # The index pattern of one axis: location t and kernel position k meet at
+            # t stride + k dilation of the padded input. The axes before this one
+            # already take two dimensions each.
             t, k = torch.arange(T, device=x.device), torch.arange(kernel, device=x.device)
             pattern = t[:, None] * stride + k * dilation
             dim = 2 + 2 * axis
@@ -239,11 +240,12 @@ class ConvView(LayerView):
     def _weight_gradient(self, x: Tensor, scores: Tensor) -> Tensor:
         """Sum over samples and locations of patch times score, `[groups, d_in without bias]`."""
         zeros = [0] * len(self.kernel)
+        geometry = (self.stride, zeros, self.dilation, False, zeros, self.groups)
         filters = x.new_empty(self.groups, *self.weight_shape[1:])
         needed = [False, True, False]  # not the gradients of the input and of the bias
         _, gradient, _ = torch.ops.aten.convolution_backward(
-            scores, x, filters, None, self.stride, zeros, self.dilation, False, zeros, self.groups, needed
-        )
+            scores, x, filters, None, *geometry, needed
+        )  # fmt: skip
         return gradient.reshape(self.groups, -1)
 
     def _grid(self, x: Tensor) -> list[int]:
