@@ -183,7 +183,8 @@ class KFQN(torch.optim.Optimizer):
                         raise RuntimeError(
                             f"layer {layer.name!r} was not used in the forward pass: freeze or remove it"
                         )
-                    sums[layer.name] += len(x) * records[layer.name].second_moment()
+                    with self._no_autocast():
+                        sums[layer.name] += len(x) * records[layer.name].second_moment()
                     locations[layer.name] += len(x) * records[layer.name].T
                 samples += len(x)
         if samples == 0:
@@ -217,21 +218,24 @@ class KFQN(torch.optim.Optimizer):
         finite = self._all_finite(loss)
         self._skipped += ~finite
 
-        for layer in layers:
-            self._observe_inputs(layer, records[layer.name], finite)
-            self._move(layer, finite)
-        self._move_rest(finite)
+        with self._no_autocast():
+            for layer in layers:
+                self._observe_inputs(layer, records[layer.name], finite)
+                self._move(layer, finite)
+            self._move_rest(finite)
         if again is not None and closure is not None:
             with self._capture.frozen_parameters():
                 again.evaluate(closure)
             after = self._records(layers)
+            with self._no_autocast():
+                for layer in layers:
+                    layer.pair_with(records[layer.name], after[layer.name], finite)
+        with self._no_autocast():
             for layer in layers:
-                layer.pair_with(records[layer.name], after[layer.name], finite)
-        for layer in layers:
-            if self._pairs == "next_batch":
-                layer.pair_with_last(records[layer.name], refresh, finite)
-            if refresh:
-                layer.activation.update(records[layer.name], finite)
+                if self._pairs == "next_batch":
+                    layer.pair_with_last(records[layer.name], refresh, finite)
+                if refresh:
+                    layer.activation.update(records[layer.name], finite)
         self._steps += 1
         return loss
 
@@ -276,6 +280,10 @@ class KFQN(torch.optim.Optimizer):
         self._skipped.fill_(counters["skipped_steps"])
         for layer in self._layers:
             layer.activation.started = counters["started"][layer.name]
+
+    def _no_autocast(self) -> torch.autocast:
+        """Curvature needs its digits, also where a user's whole training step stands under autocast."""
+        return torch.autocast(self._skipped.device.type, enabled=False)
 
     def _params(self) -> list[nn.Parameter]:
         return [p for group in self.param_groups for p in group["params"]]

@@ -457,3 +457,28 @@ def test_a_step_reads_nothing_on_the_host(preset):
             optimizer.step(closure_for(model, optimizer, square_loss, x, y))
         with pytest.raises(DataDependentOutputException):
             optimizer.skipped_steps  # noqa: B018 - reading the count does wait for the device
+
+
+class Autocast(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.model(x)
+
+
+@pytest.mark.parametrize("preset", METHODS.values(), ids=METHODS)
+def test_autocast_reaches_the_model_and_not_the_curvature(preset):
+    """A step that stands under autocast is the step of a model whose forward alone does."""
+    data = batches(dtype=torch.float32)
+    narrow, wide = tanh_network(dtype=torch.float32), tanh_network(dtype=torch.float32)
+    one, two = KFQN(narrow, lr=0.05, **preset), KFQN(wide, lr=0.05, **preset)
+    for x, y in data[:4]:
+        train(Autocast(narrow), one, [(x, y)], 1)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            train(wide, two, [(x, y)], 1)
+    expected, actual = snapshot(narrow, one), snapshot(wide, two)
+    assert all(torch.equal(expected[key], actual[key]) for key in expected)
+    assert {value.dtype for value in actual.values()} == {torch.float32}
