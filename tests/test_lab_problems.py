@@ -57,3 +57,21 @@ def test_a_model_depends_on_its_seed_and_leaves_the_global_generator_alone():
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_image_problems_are_what_their_docstrings_say():
+    plain, norm = problems.photographs_cnn(batch_norm=False), problems.photographs_cnn()
+    digits = problems.digits_cnn()
+    for problem, shape, classes in ((digits, (1, 16, 16), 10), (plain, (3, 32, 32), 4), (norm, (3, 32, 32), 4)):
+        model = problem.model(seed=0)
+        convolutions = [m for m in model if isinstance(m, nn.Conv2d)]
+        assert [m.out_channels for m in convolutions] == [16, 32, 64]
+        assert problem.x_train.shape[1:] == shape
+        assert model(problem.x_test[:3]).shape == (3, classes)
+        assert problem.loss(model(problem.x_test[:3]), problem.y_test[:3]).isfinite()
+        norms = sum(isinstance(m, nn.BatchNorm2d) for m in model)
+        assert norms == 3 * (problem is norm)
+        assert all((m.bias is None) == (problem is norm) for m in convolutions)
+    assert (len(norm.x_train), len(norm.x_test), norm.batch_size) == (8000, 2000, 128)
+    assert norm.x_train.mean((0, 2, 3)).abs().max() < 1e-4
+    assert (norm.x_train.std((0, 2, 3)) - 1).abs().max() < 1e-4

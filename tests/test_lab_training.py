@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from kfqn_core.lab.problems import Problem, pixel_cross_entropy
-from kfqn_core.lab.training import batches, evaluate, train
+from kfqn_core.lab.training import accuracy, batches, cosine, evaluate, train
 
 sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
@@ -120,6 +120,39 @@ def test_evaluation_is_the_mean_over_all_samples_and_restores_the_mode(problem):
         expected = pixel_cross_entropy(model(problem.x_train), problem.y_train).item()
     assert losses[0] == pytest.approx(expected, rel=1e-6)
     assert model.training
+
+
+def test_accuracy_counts_the_highest_scores_and_is_recorded_where_there_are_labels():
+    x, y = torch.eye(4)[[0, 1, 2, 3, 0]], torch.tensor([0, 1, 2, 0, 0])
+    labels = Problem("labels", lambda: nn.Linear(4, 4), x, y, x, y, nn.functional.cross_entropy, 5)
+    model = labels.model(seed=0)
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(4))
+        model.bias.zero_()
+    assert accuracy(model.train(), labels) == 0.8
+    assert model.training
+    frame = train(labels, _sgd, steps=2, seed=0, model=model)
+    assert frame.columns[-1] == "test accuracy"
+    assert frame["test accuracy"].iloc[0] == 0.8
+
+
+def test_a_schedule_scales_every_learning_rate(problem):
+    seen = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure):
+            seen.append([group["lr"] for group in self.param_groups])
+            return super().step(closure)
+
+    def make(model):
+        return Watched([{"params": model.weight}, {"params": model.bias, "lr": 0.2}], lr=0.1)
+
+    train(problem, make, steps=4, seed=0, schedule=lambda progress: 1 - progress)
+    assert seen == [pytest.approx([0.1 * (1 - k / 5), 0.2 * (1 - k / 5)]) for k in (1, 2, 3, 4)]
+
+
+def test_the_cosine_schedule_warms_up_and_ends_at_zero():
+    assert [cosine(p) for p in (0, 0.01, 0.02, 0.51, 1)] == pytest.approx([0, 0.5, 1, 0.5, 0])
 
 
 @pytest.mark.parametrize("arguments", [{"steps": 0}, {"steps": 3, "eval_every": 0}])

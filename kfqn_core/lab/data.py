@@ -1,4 +1,5 @@
-"""Real and synthetic images that need no download: scikit-learn's digits, and CURVES generated here."""
+"""Images that need no download, scikit-learn's digits and photographs and CURVES generated here; and larger sets from
+OpenML for those who have a network."""
 
 from __future__ import annotations
 
@@ -7,24 +8,37 @@ import os
 import tempfile
 import warnings
 import zipfile
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
+from urllib.error import URLError
 
 import numpy as np
 import torch
-from sklearn.datasets import get_data_home, load_digits
+from sklearn.datasets import fetch_openml, get_data_home, load_digits, load_sample_images
 from tqdm.auto import tqdm
 
-__all__ = ["Split", "curves", "digits"]
+__all__ = ["Split", "curves", "digits", "openml", "photograph_patches"]
 
 SIDE = 28  # pixels of a CURVES image
 _MARGIN = 3.0  # pixels between the border and the three points
 _PEN = 0.8  # pixels at which the ink has fallen to 1/e
 _RECIPE = 1  # part of the cache's file name: raise it when the drawing changes, so that no old file is read
 
+PATCH = 32  # pixels of a side of a photograph patch
+STRIP = 64  # columns of a photograph that belong to training together, or to testing
+TEST_STRIPS = (2, 7)  # of the ten strips of each photograph
+# Samples and the shape of one, by name on OpenML. The last 10,000 samples are for testing.
+OPENML = {
+    "mnist_784": (70_000, (1, 28, 28)),
+    "Fashion-MNIST": (70_000, (1, 28, 28)),
+    "CIFAR_10": (60_000, (3, 32, 32)),
+}
+OPENML_TEST = 10_000
+
 
 class Split(NamedTuple):
-    """Inputs `[n, features]` and integer labels `[n]`, for training and for testing."""
+    """Inputs `[n, ...]` and integer labels `[n]`, for training and for testing."""
 
     x_train: torch.Tensor
     y_train: torch.Tensor
@@ -43,6 +57,78 @@ def digits() -> Split:
     x = torch.tensor(bunch.data[order] / 16.0, dtype=torch.float32)
     y = torch.tensor(bunch.target[order], dtype=torch.long)
     return Split(x[:1400], y[:1400], x[1400:], y[1400:])
+
+
+def photograph_patches(n_train: int, n_test: int, seed: int) -> Split:
+    """32x32 patches of scikit-learn's two photographs, turned by a multiple of 90 degrees, which is the label.
+
+    `[n, 3, 32, 32]` float32 in [0, 1], not standardised. Label k says that the patch was turned k times by 90 degrees
+    counter-clockwise; photograph, place and label are uniform. Each photograph is cut into ten strips of 64 columns;
+    patches for testing lie in the third and the eighth strip, patches for training in the others, and none crosses
+    the border of a strip: no pixel serves both.
+    """
+    for name, value, least in (("n_train", n_train, 1), ("n_test", n_test, 1), ("seed", seed, 0)):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"photograph_patches: {name} must be an integer from {least} on, got {value!r}")
+    photographs = torch.stack([torch.tensor(image) for image in load_sample_images().images])
+    photographs = photographs.permute(0, 3, 1, 2).float() / 255  # [2, 3, 427, 640]
+    strips = range(photographs.shape[3] // STRIP)
+    training = torch.tensor([strip for strip in strips if strip not in TEST_STRIPS])
+    generator = torch.Generator().manual_seed(seed)
+    return Split(
+        *_turned_patches(photographs, training, n_train, generator),
+        *_turned_patches(photographs, torch.tensor(TEST_STRIPS), n_test, generator),
+    )
+
+
+def _turned_patches(
+    photographs: torch.Tensor, strips: torch.Tensor, n: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    def draw(below: int) -> torch.Tensor:
+        return torch.randint(below, (n,), generator=generator)
+
+    which, top, turns = draw(len(photographs)), draw(photographs.shape[2] - PATCH + 1), draw(4)
+    left = STRIP * strips[draw(len(strips))] + draw(STRIP - PATCH + 1)
+    places = zip(which.tolist(), top.tolist(), left.tolist(), turns.tolist(), strict=True)
+    patches = [photographs[i, :, t : t + PATCH, s : s + PATCH].rot90(k, (1, 2)) for i, t, s, k in places]
+    return torch.stack(patches), turns
+
+
+def openml(name: str) -> Split:
+    """MNIST (`"mnist_784"`), Fashion-MNIST (`"Fashion-MNIST"`) or CIFAR-10 (`"CIFAR_10"`) from OpenML.
+
+    `[n, channels, height, width]` float32 in [0, 1]; the last 10,000 samples are the test set. scikit-learn downloads
+    once, compares checksums, and caches in its data folder, a whole file or none.
+
+    Raises:
+        ValueError: if the name is none of the three, or if what came is not the data set.
+        ConnectionError: without a network, unless it was downloaded before; catch it to go on with `digits()`.
+    """
+    if name not in OPENML:
+        raise ValueError(f"openml: name must be one of {sorted(OPENML)}, got {name!r}")
+    samples, shape = OPENML[name]
+    try:
+        # As numbers, labels too: a quarter of the memory, and scikit-learn 1.9 fails on the categories of pandas 3.
+        pixels, labels = fetch_openml(
+            name, version=1, return_X_y=True, as_frame=False, parser="pandas", read_csv_kwargs={"dtype": np.float32}
+        )
+    except (URLError, HTTPException, ConnectionError, TimeoutError) as error:
+        raise ConnectionError(
+            f"openml: {name} is not in {get_data_home()} and cannot be downloaded ({error}); connect to a network "
+            "once, or use digits() or photograph_patches(), which need none"
+        ) from error
+    expected = (samples, int(np.prod(shape)))
+    fits = pixels.shape == expected and pixels.dtype == np.float32 and labels.shape == (samples,)
+    if not fits or not (pixels.min() >= 0 and pixels.max() <= 255):
+        raise ValueError(
+            f"openml: {name} should hold numbers from 0 to 255 of shape {expected} and as many labels, got "
+            f"{pixels.dtype} of shape {pixels.shape} and {len(labels)} labels; remove "
+            f"{Path(get_data_home()) / 'openml'} and try again"
+        )
+    x = torch.from_numpy(pixels / 255).reshape(-1, *shape)
+    y = torch.from_numpy(labels.astype(np.int64))
+    train = samples - OPENML_TEST
+    return Split(x[:train], y[:train], x[train:], y[train:])
 
 
 def curves(n: int, seed: int) -> torch.Tensor:

@@ -14,8 +14,9 @@ from tqdm.auto import tqdm
 
 from kfqn_core.lab.problems import Problem
 
-__all__ = ["batches", "evaluate", "train"]
+__all__ = ["accuracy", "batches", "cosine", "evaluate", "train"]
 
+WARM_UP = 0.02  # of the run
 COLUMNS = ("step", "epoch", "seconds", "train loss", "test loss")
 
 
@@ -42,6 +43,24 @@ def evaluate(model: nn.Module, problem: Problem) -> tuple[float, float]:
     return losses[0], losses[1]
 
 
+@torch.no_grad()
+def accuracy(model: nn.Module, problem: Problem) -> float:
+    """The share of test samples whose label gets the highest score, in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    parts = zip(problem.x_test.split(1000), problem.y_test.split(1000), strict=True)
+    right = sum((model(x).argmax(1) == y).sum().item() for x, y in parts)
+    model.train(was_training)
+    return right / len(problem.x_test)
+
+
+def cosine(progress: float) -> float:
+    """A schedule: from 0 to 1 over the first 2 % of the run, then down to 0 along half a cosine."""
+    if progress < WARM_UP:
+        return progress / WARM_UP
+    return 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
+
+
 def _closure(
     problem: Problem, model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor
 ) -> Callable[[], Any]:
@@ -62,6 +81,7 @@ def train(
     *,
     eval_every: int = 25,
     warm_start: bool = False,
+    schedule: Callable[[float], float] | None = None,
     model: nn.Module | None = None,
     label: str = "train",
 ) -> pd.DataFrame:
@@ -70,13 +90,14 @@ def train(
     `make_optimizer(model)` builds the optimizer. Each step calls `optimizer.step(closure)` once, where the closure
     clears the gradients, evaluates the loss on this step's mini-batch, and differentiates it; an optimizer may call it
     again. The seed fixes the initial weights and the order of the data, the same for every optimizer.
-    `warm_start=True` first hands one epoch of inputs to `optimizer.warm_start`. Pass `model` to train that one,
-    in place.
+    `warm_start=True` first hands one epoch of inputs to `optimizer.warm_start`. `schedule` gives the factor of every
+    learning rate at step k of n as a function of k / (n + 1), for instance `cosine`. Pass `model` to train that one, in
+    place.
 
     Returns a frame with a row before the first step, one every `eval_every` steps, and one after the last: `step`,
     `epoch`, `seconds` (wall time of the steps and of the warm start, evaluation excluded), `train loss` and
-    `test loss` over all samples. A loss that is not finite ends the run with a message, which
-    `frame.attrs["stopped"]` keeps; the rows up to there remain.
+    `test loss` over all samples, and for a problem with class labels `test accuracy`. A loss that is not finite ends
+    the run with a message, which `frame.attrs["stopped"]` keeps; the rows up to there remain.
     """
     for name, value in (("steps", steps), ("eval_every", eval_every)):
         if not isinstance(value, int) or value < 1:
@@ -87,11 +108,14 @@ def train(
     optimizer = make_optimizer(model)
     steps_per_epoch = len(problem.x_train) // problem.batch_size
     rows: list[tuple[float, ...]] = []
+    learning_rates = [group["lr"] for group in optimizer.param_groups]
+    classes = not problem.y_test.is_floating_point()
     stopped = ""
     seconds = 0.0
 
     def record(step: int) -> None:
-        rows.append((step, step / steps_per_epoch, seconds, *evaluate(model, problem)))
+        quality = (accuracy(model, problem),) if classes else ()
+        rows.append((step, step / steps_per_epoch, seconds, *evaluate(model, problem), *quality))
 
     record(0)
     if warm_start:
@@ -102,6 +126,9 @@ def train(
     stream = batches(problem, seed)
     with tqdm(range(1, steps + 1), desc=label, leave=False) as bar:
         for step in bar:
+            if schedule is not None:
+                for group, lr in zip(optimizer.param_groups, learning_rates, strict=True):
+                    group["lr"] = lr * schedule(step / (steps + 1))
             closure = _closure(problem, model, optimizer, *next(stream))
             start = time.perf_counter()
             loss = torch.as_tensor(optimizer.step(closure)).item()
@@ -113,7 +140,8 @@ def train(
             if step % eval_every == 0 or step == steps:
                 record(step)
                 bar.set_postfix_str(f"train loss {rows[-1][3]:.2f}")
-    frame = pd.DataFrame(rows, columns=COLUMNS).astype({"step": int})
+    columns = [*COLUMNS, "test accuracy"] if classes else list(COLUMNS)
+    frame = pd.DataFrame(rows, columns=columns).astype({"step": int})
     if stopped:
         frame.attrs["stopped"] = stopped
     return frame
