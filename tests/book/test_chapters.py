@@ -64,6 +64,11 @@ def test_at_least_three_exercises(chapter, notebook):
 
 
 @each(BOOK.chapters)
+def test_the_readme_leads_to_every_chapter(chapter):
+    assert f"(chapters/{chapter.slug}.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@each(BOOK.chapters)
 def test_figures_have_name_caption_and_alt_text(chapter, notebook):
     for number, cell in source.code_cells(notebook):
         if not DRAWS.search(cell.source):
