@@ -1,7 +1,7 @@
 """Golden trajectories: ten losses of every method in float64 from a fixed seed, as they were when the method was last
 changed on purpose. They prove nothing about being right (the references do); they notice what changes unintentionally.
 
-After an intended change: `python -m tests.test_golden` writes `tests/golden.json` anew; explain the change in the commit.
+After an intended change, `python -m tests.test_golden` writes `tests/golden.json` anew; the commit explains the change.
 """
 
 import json
