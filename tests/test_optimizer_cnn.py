@@ -216,3 +216,40 @@ def test_batch_norm_moves_by_adam_where_steps_are_normalised_and_nan_leaves_it_a
     train(model, optimizer, [(x * torch.nan, y)], 1, loss_fn)
     assert torch.equal(model[1].weight, weight)
     assert all(torch.equal(before[k], v) for k, v in optimizer.state[model[1].weight].items())
+
+
+def test_a_tiled_image_scales_both_factors():
+    """Behind a mean over locations r^2 copies of an image change neither loss nor gradient: A grows with T, y falls."""
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular")
+    model = nn.Sequential(convolution, nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3)).to(F64)
+    x, y = images()[0]
+    layers = []
+    for r in (1, 2):
+        twin = copy.deepcopy(model)
+        optimizer = KFQN(twin, lr=0.0, **{**presets.KFQN_2022, "activation_decay": 0.5})
+        layer = optimizer.layers["0"]
+
+        def evaluate(twin=twin, optimizer=optimizer, r=r):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(twin(x.repeat(1, 1, r, r)), y)
+            loss.backward()
+            return loss
+
+        optimizer.step(evaluate)
+        layers.append(layer)
+    one, four = layers
+    assert error(four.activation.A, 4 * one.activation.A) < 1e-12
+    assert error(four.M, one.M) < 1e-12
+    assert four.activation.damping == pytest.approx(2 * one.activation.damping)
+    assert four.gradient.damping == pytest.approx(one.gradient.damping / 2)
+
+
+def test_batch_norm_empties_the_pair_of_the_layer_before_it():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(75, 3)).to(F64)
+    optimizer = KFQN(model, lr=0.1, **presets.KFQN_2022)
+    train(model, optimizer, images(), 3, nn.CrossEntropyLoss())
+    before, behind = (optimizer.layers[name].gradient for name in ("0", "4"))
+    assert before.s_mean.norm() > 1e-6
+    assert before.y_mean.norm() < 1e-12 * behind.y_mean.norm()
