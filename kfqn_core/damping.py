@@ -123,8 +123,9 @@ def cautious(s: Tensor, y: Tensor, c1: float, c2: float) -> Tensor:
 def limited_memory_bounds(gamma: float, memory: int, c1: float, c2: float) -> tuple[float, float]:
     """Bounds of the eigenvalues of a `LimitedMemoryInverse` all of whose pairs passed `cautious(s, y, c1, c2)`."""
     _check_cautious(c1, c2)
-    growth = c1 * c2
-    high = growth**memory * gamma + c1 * sum(growth**i for i in range(memory))
+    high = gamma
+    for _ in range(memory):
+        high = c1 * c2 * high + c1  # r1 r3 |H| + r1, the second bound of one update
     return 1 / (1 / gamma + memory * c2), high
 
 
