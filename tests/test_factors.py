@@ -1,4 +1,4 @@
-"""`ActivationFactor` against the bounds that chapter 6 derives, over sizes, conditioning, groups and probes, in float64.
+"""`ActivationFactor` against the bounds that chapter 6 derives, over sizes, conditioning and groups, in float64.
 
 Every bound is tested as the ratio achieved/bound, which hypothesis drives upwards (`target`): a bound that is violated
 is wrong, and one that is never approached says little.
@@ -110,7 +110,7 @@ def test_pair_is_the_damped_second_moment_times_the_step(d, groups, damping, sca
 @properties
 @given(sizes, st.integers(1, 3), dampings, scales, decays, seeds)
 def test_start_is_the_exact_inverse_and_the_inverse_is_a_fixed_point(d, groups, damping, scale, decay, seed):
-    """L6 (i)."""
+    """Of the update with its own pair, at any scale of the inputs."""
     _, record = linear_case(d, 6, seed, scale, groups)
     factor = factor_of(record, damping, decay)
     factor.start(second_moment(record))
@@ -141,7 +141,7 @@ def test_curvature_of_the_pair_needs_no_damping(d, damping, scale, seed):
 @properties
 @given(st.integers(1, 6), st.integers(1, 3), dampings, scales, seeds)
 def test_spectrum_contracts_monotonically_to_one(d, groups, damping, scale, seed):
-    """L6 (ii): fixed A, any probes. The range never widens past 1 and no eigenvalue's distance from 1 grows in order."""
+    """Fixed A, any probes: the range never widens past 1, and no sorted distance of an eigenvalue from 1 grows."""
     _, record = linear_case(d, 8, seed, scale, groups)
     factor = factor_of(record, damping, 0.0)  # decay 0: A is what `average` was last given
     A = second_moment(record)
@@ -182,7 +182,7 @@ def test_spectrum_reaches_one():
 @properties
 @given(sizes, st.integers(1, 3), dampings, scales, seeds)
 def test_one_step_bounds_for_any_second_moment(d, groups, damping, scale, seed):
-    """L6 (iii): H_a unrelated to A. With c = 1 + Lambda/lambda,
+    """H_a unrelated to A. With c = 1 + Lambda/lambda,
 
     lambda_max(B+) <= lambda_max(B) + Lambda + lambda and lambda_max(H+) <= lambda_max(H) (c + 1)^2/(4 c) + 1/lambda.
     """
@@ -284,6 +284,21 @@ def test_acceptable(changes, accepted):
 def test_acceptable_judges_every_pair_of_a_batch():
     s = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, torch.nan]])
     assert acceptable(s, s, torch.ones(3, 2)).tolist() == [True, False, False]
+
+
+def test_update_obeys_finite_and_acceptable():
+    """Of a sound mini-batch nothing is used where `finite` is false, nor a pair that `acceptable` refuses."""
+    _, record = linear_case(3, 5, 10)
+    factor = factor_of(record, 0.1, 0.9)
+    factor.start(second_moment(record))
+    factor.inverse.H.copy_(torch.eye(4, dtype=F64))
+    factor.update(record, torch.tensor(False))
+    assert torch.equal(factor.H[0], torch.eye(4, dtype=F64))
+    _, record = linear_case(3, 5, 10, scale=5)  # s'y = 0.1 |s|^2, where |abar| above 1e3 asks for more
+    factor.A.zero_()
+    assert record.mean_input().norm() > 1e3
+    factor.update(record, TRUE)
+    assert torch.equal(factor.H[0], torch.eye(4, dtype=F64))
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
