@@ -77,8 +77,8 @@ class Layer:
         """lambda -> lambda_A, lambda_G for a layer with T locations.
 
         Without `H_g`, `A` carries it all. `"even"` gives each sqrt(lambda); `"locations"` gives sqrt(lambda T) to `A`,
-        which sums over locations, and sqrt(lambda / T) to `G`, which averages: each then keeps its meaning whatever T
-        is (2022). The product is lambda in both.
+        which sums over locations, and sqrt(lambda / T) to `G`, which averages (2022; what this does when T changes is
+        in chapter 9). The product is lambda in both.
         """
         if self.gradient is None:
             self.activation.damping = self.damping
