@@ -15,19 +15,32 @@ Definitions: chapter 3. Gauss-Newton: Schraudolph (2002). Fisher: Amari (1998).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp, vjp
+from torch.func import grad, jvp
 
-from kfqn_core.algebra import unvec, vec
-from kfqn_core.layers import SUPPORTED, LayerView, view
+from kfqn_core.functional import (
+    CHUNK,
+    LayerCall,
+    LayerParameters,
+    LossFunction,
+    check_batch,
+    check_mean_of_samples,
+    check_size,
+    find_layer,
+    forward,
+    gauss_newton_product,
+    hessian_product,
+    hooked,
+    layer_calls,
+    matrix_of,
+    scalar,
+)
+from kfqn_core.layers import view
 
 __all__ = [
-    "LayerCall",
     "categorical",
     "cross_hessian",
     "layer_call",
@@ -40,17 +53,7 @@ __all__ = [
     "unit_gaussian",
 ]
 
-LossFunction = Callable[[Tensor, Tensor], Tensor]
 MAX_BYTES = 2**30  # a Hessian of 11,585 parameters in float64
-CHUNK = 64  # unit vectors differentiated at once: bounds the memory beside the result
-
-
-class LayerCall(NamedTuple):
-    """A layer of a model, and what it received and returned in one forward pass."""
-
-    module: nn.Module
-    input: Tensor
-    output: Tensor
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -68,17 +71,17 @@ def network_hessian(
 
     Raises ValueError if the loss is no scalar, x and y disagree, or the matrix exceeds `max_bytes`.
     """
-    _check_batch(x, y)
+    check_batch(x, y)
     names, parameters = zip(*model.named_parameters(), strict=True)
     sizes = [p.numel() for p in parameters]
-    _check_size("the network's Hessian", sum(sizes), sum(sizes), parameters[0], max_bytes)
+    check_size("the network's Hessian", sum(sizes), sum(sizes), parameters[0], max_bytes)
 
     def loss(theta: Tensor) -> Tensor:
         pieces = [v.reshape(p.shape) for v, p in zip(theta.split(sizes), parameters, strict=True)]
-        return _scalar(loss_fn(_forward(model, dict(zip(names, pieces, strict=True)), x), y))
+        return scalar(loss_fn(forward(model, dict(zip(names, pieces, strict=True)), x), y))
 
     theta = torch.cat([p.detach().reshape(-1) for p in parameters])
-    return _columns(lambda v: jvp(grad(loss), (theta,), (v,))[1], theta)
+    return matrix_of(lambda v: jvp(grad(loss), (theta,), (v,))[1], theta)
 
 
 @torch.no_grad()
@@ -96,15 +99,15 @@ def layer_hessian(
     Exact whatever the loss and however often the layer is called. Raises ValueError if the layer is not part of the
     model, is never called, or the matrix exceeds `max_bytes`; UnsupportedLayer if the layer is no `h = W a`.
     """
-    own = _LayerParameters(model, layer)
-    _calls(model, own.module, x)
-    _check_batch(x, y)
-    _check_size(f"the Hessian of layer '{own.name}'", own.theta.numel(), own.theta.numel(), own.theta, max_bytes)
+    own = LayerParameters(model, layer)
+    layer_calls(model, own.module, x)
+    check_batch(x, y)
+    check_size(f"the Hessian of layer '{own.name}'", own.theta.numel(), own.theta.numel(), own.theta, max_bytes)
 
     def loss(theta: Tensor) -> Tensor:
-        return _scalar(loss_fn(_forward(model, own.parameters(theta), x), y))
+        return scalar(loss_fn(forward(model, own.parameters(theta), x), y))
 
-    return _columns(lambda v: jvp(grad(loss), (own.theta,), (v,))[1], own.theta)
+    return matrix_of(lambda v: jvp(grad(loss), (own.theta,), (v,))[1], own.theta)
 
 
 @torch.no_grad()
@@ -122,22 +125,22 @@ def cross_hessian(
 
     Raises ValueError as `layer_hessian` does, and if both are the same layer.
     """
-    rows, columns = _LayerParameters(model, layer), _LayerParameters(model, other)
+    rows, columns = LayerParameters(model, layer), LayerParameters(model, other)
     if rows.module is columns.module:
         raise ValueError(f"both layers are '{rows.name}'; use layer_hessian for the diagonal block")
     for own in (rows, columns):
-        _calls(model, own.module, x)
-    _check_batch(x, y)
+        layer_calls(model, own.module, x)
+    check_batch(x, y)
     what = f"the block of layers '{rows.name}' and '{columns.name}'"
-    _check_size(what, rows.theta.numel(), columns.theta.numel(), rows.theta, max_bytes)
+    check_size(what, rows.theta.numel(), columns.theta.numel(), rows.theta, max_bytes)
 
     def gradient(theta: Tensor) -> Tensor:
         def loss(own: Tensor) -> Tensor:
-            return _scalar(loss_fn(_forward(model, rows.parameters(own) | columns.parameters(theta), x), y))
+            return scalar(loss_fn(forward(model, rows.parameters(own) | columns.parameters(theta), x), y))
 
         return grad(loss)(rows.theta)
 
-    return _columns(lambda v: jvp(gradient, (columns.theta,), (v,))[1], columns.theta)
+    return matrix_of(lambda v: jvp(gradient, (columns.theta,), (v,))[1], columns.theta)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,8 +153,8 @@ def layer_call(model: nn.Module, x: Tensor, layer: nn.Module | str) -> LayerCall
 
     Raises ValueError if the layer is not part of the model, is never called, or is called more than once.
     """
-    name, module = _find(model, layer)
-    calls = _calls(model, module, x)
+    name, module = find_layer(model, layer)
+    calls = layer_calls(model, module, x)
     if len(calls) > 1:
         raise ValueError(
             f"layer '{name}' is called {len(calls)} times in one forward pass, so it has no single pre-activation; "
@@ -177,7 +180,7 @@ def preactivation_hessians(
     raised otherwise (sum-reduced loss, BatchNorm or Dropout in training mode). Raises ValueError also as `layer_call`
     does and if the result exceeds `max_bytes`; UnsupportedLayer if the layer is no `h = W a`.
     """
-    return _preactivation_curvature(model, loss_fn, x, y, layer, max_bytes, _hessian_product)
+    return _preactivation_curvature(model, loss_fn, x, y, layer, max_bytes, hessian_product)
 
 
 @torch.no_grad()
@@ -195,7 +198,7 @@ def preactivation_gauss_newton(
     What `preactivation_hessians` becomes when the network behind the layer is taken to be linear; same layout, scale
     and errors.
     """
-    return _preactivation_curvature(model, loss_fn, x, y, layer, max_bytes, _gauss_newton_product)
+    return _preactivation_curvature(model, loss_fn, x, y, layer, max_bytes, gauss_newton_product)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,18 +219,18 @@ def layer_gauss_newton(
 
     Raises as `layer_hessian` does.
     """
-    own = _LayerParameters(model, layer)
-    _calls(model, own.module, x)
-    _check_batch(x, y)
-    _check_size(f"the Gauss-Newton matrix of '{own.name}'", own.theta.numel(), own.theta.numel(), own.theta, max_bytes)
+    own = LayerParameters(model, layer)
+    layer_calls(model, own.module, x)
+    check_batch(x, y)
+    check_size(f"the Gauss-Newton matrix of '{own.name}'", own.theta.numel(), own.theta.numel(), own.theta, max_bytes)
 
     def outputs(theta: Tensor) -> Tensor:
-        return _forward(model, own.parameters(theta), x)
+        return forward(model, own.parameters(theta), x)
 
     def loss(z: Tensor) -> Tensor:
-        return _scalar(loss_fn(z, y))
+        return scalar(loss_fn(z, y))
 
-    return _columns(lambda v: _gauss_newton_product(outputs, loss, own.theta, v), own.theta)
+    return matrix_of(lambda v: gauss_newton_product(outputs, loss, own.theta, v), own.theta)
 
 
 @torch.no_grad()
@@ -249,16 +252,16 @@ def layer_fisher(
 
     Raises as `layer_hessian` does, and ValueError if the loss is not the mean of per-sample losses.
     """
-    own = _LayerParameters(model, layer)
-    _calls(model, own.module, x)
-    _check_size(f"the Fisher matrix of '{own.name}'", own.theta.numel(), own.theta.numel(), own.theta, max_bytes)
-    targets, probabilities = distribution(_forward(model, {}, x))
+    own = LayerParameters(model, layer)
+    layer_calls(model, own.module, x)
+    check_size(f"the Fisher matrix of '{own.name}'", own.theta.numel(), own.theta.numel(), own.theta, max_bytes)
+    targets, probabilities = distribution(forward(model, {}, x))
     for target in targets[:1]:
-        _check_batch(x, target)
-        _check_mean_of_samples(model, loss_fn, x, target)
+        check_batch(x, target)
+        check_mean_of_samples(model, loss_fn, x, target)
 
     def sample_loss(theta: Tensor, x_i: Tensor, y_i: Tensor) -> Tensor:
-        return _scalar(loss_fn(_forward(model, own.parameters(theta), x_i[None]), y_i[None]))
+        return scalar(loss_fn(forward(model, own.parameters(theta), x_i[None]), y_i[None]))
 
     gradients = torch.vmap(grad(sample_loss), in_dims=(None, 0, 0), chunk_size=CHUNK)
     fisher = own.theta.new_zeros(own.theta.numel(), own.theta.numel())
@@ -293,85 +296,6 @@ def unit_gaussian(z: Tensor) -> tuple[Tensor, Tensor]:
     return targets, z.new_full((2 * K, samples), 1 / (2 * K))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Machinery
-
-
-class _LayerParameters:
-    """One layer's `[W | b]` as a vector, and back to the names under which the model holds them."""
-
-    def __init__(self, model: nn.Module, layer: nn.Module | str) -> None:
-        self.name, self.module = _find(model, layer)
-        self.view: LayerView = view(self.module)
-        own = dict(self.module.named_parameters(recurse=False))
-        self.theta = vec(self.view.to_matrix(own["weight"], own.get("bias")).detach()).reshape(-1)
-
-    def parameters(self, theta: Tensor) -> dict[str, Tensor]:
-        v = self.view
-        weight, bias = v.from_matrix(unvec(theta.reshape(v.groups, -1), v.d_out))
-        prefix = f"{self.name}." if self.name else ""
-        named = {f"{prefix}weight": weight}
-        return named if bias is None else named | {f"{prefix}bias": bias}
-
-
-def _find(model: nn.Module, layer: nn.Module | str) -> tuple[str, nn.Module]:
-    for name, module in model.named_modules():
-        if module is layer or name == layer:
-            return name, module
-    known = ", ".join(repr(name) for name, module in model.named_modules() if isinstance(module, tuple(SUPPORTED)))
-    wanted = repr(layer) if isinstance(layer, str) else f"this {type(layer).__name__}"
-    raise ValueError(f"{wanted} is not a layer of the model; those it can be are {known or 'none'}")
-
-
-def _forward(model: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
-    """`model(x)` with some parameters replaced; buffers are copies, so that running statistics do not move."""
-    replaced = {name: buffer.clone() for name, buffer in model.named_buffers()} | parameters
-    output = functional_call(model, replaced, (x,))
-    if not isinstance(output, Tensor):
-        raise TypeError(f"the model must return one tensor, not {type(output).__name__}; wrap it in a module that does")
-    return output
-
-
-@contextmanager
-def _hooked(module: nn.Module, hook: Callable) -> Iterator[None]:
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _calls(model: nn.Module, module: nn.Module, x: Tensor) -> list[LayerCall]:
-    calls: list[LayerCall] = []
-
-    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        calls.append(LayerCall(module, inputs[0].detach(), output.detach()))
-
-    with _hooked(module, record):
-        _forward(model, {}, x)
-    if not calls:
-        name, _ = _find(model, module)
-        raise ValueError(f"layer '{name}' is never called in model(x), so the loss does not depend on it; name another")
-    return calls
-
-
-def _hessian_product(
-    outputs: Callable[[Tensor], Tensor], loss: Callable[[Tensor], Tensor], point: Tensor, v: Tensor
-) -> Tensor:
-    def composed(at: Tensor) -> Tensor:
-        return loss(outputs(at))
-
-    return jvp(grad(composed), (point,), (v,))[1]
-
-
-def _gauss_newton_product(
-    outputs: Callable[[Tensor], Tensor], loss: Callable[[Tensor], Tensor], point: Tensor, v: Tensor
-) -> Tensor:
-    z, dz = jvp(outputs, (point,), (v,))[:2]
-    Hdz = jvp(grad(loss), (z,), (dz,))[1]
-    return vjp(outputs, point)[1](Hdz)[0]
-
-
 def _preactivation_curvature(
     model: nn.Module,
     loss_fn: LossFunction,
@@ -383,17 +307,17 @@ def _preactivation_curvature(
 ) -> Tensor:
     module, _, h = layer_call(model, x, layer)
     layer_view = view(module)
-    _check_batch(x, y)
+    check_batch(x, y)
     samples, size = h.shape[0], h[0].numel()
-    _check_size("the pre-activation Hessians of all samples", samples * size, size, h, max_bytes)
-    _check_mean_of_samples(model, loss_fn, x, y)
+    check_size("the pre-activation Hessians of all samples", samples * size, size, h, max_bytes)
+    check_mean_of_samples(model, loss_fn, x, y)
 
     def outputs(shift: Tensor) -> Tensor:
-        with _hooked(module, lambda _module, _inputs, output: output + shift.reshape(h.shape)):
-            return _forward(model, {}, x)
+        with hooked(module, lambda _module, _inputs, output: output + shift.reshape(h.shape)):
+            return forward(model, {}, x)
 
     def loss(z: Tensor) -> Tensor:
-        return samples * _scalar(loss_fn(z, y))
+        return samples * scalar(loss_fn(z, y))
 
     # Samples do not see each other, so one unit vector, shifted into all of them at once, reads one column of each.
     zero = torch.zeros(samples, size, dtype=h.dtype, device=h.device)
@@ -407,51 +331,3 @@ def _preactivation_curvature(
     rows, locations = place.shape
     flat = place.reshape(-1)
     return G[:, flat][:, :, flat].reshape(samples, rows, locations, rows, locations)
-
-
-def _columns(column: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
-    """The matrix whose j-th column is `column(e_j)`."""
-    identity = torch.eye(like.numel(), dtype=like.dtype, device=like.device)
-    return torch.vmap(column, out_dims=1, chunk_size=CHUNK)(identity)
-
-
-def _scalar(loss: Tensor) -> Tensor:
-    if loss.ndim:
-        raise ValueError(f"loss_fn returned shape {tuple(loss.shape)}, but a scalar is needed; reduce it by a mean")
-    return loss
-
-
-def _check_batch(x: Tensor, y: Tensor) -> None:
-    if x.ndim == 0 or y.ndim == 0 or len(x) == 0 or len(x) != len(y):
-        raise ValueError(
-            f"x has shape {tuple(x.shape)} and y has shape {tuple(y.shape)}; both need the same, positive number of "
-            "samples as their first dimension"
-        )
-
-
-def _check_size(what: str, rows: int, columns: int, like: Tensor, max_bytes: int) -> None:
-    needed = rows * columns * like.dtype.itemsize
-    if needed > max_bytes:
-        raise ValueError(
-            f"{what} has {rows} x {columns} entries, {needed:,} bytes, and max_bytes is {max_bytes:,}; "
-            "use a smaller network, smaller images or fewer samples, or raise max_bytes"
-        )
-
-
-def _check_mean_of_samples(model: nn.Module, loss_fn: LossFunction, x: Tensor, y: Tensor) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-            raise ValueError(
-                f"'{name}' ({type(module).__name__}) is in training mode: its output for one sample depends on the "
-                "others, so there are no per-sample losses; call model.eval()"
-            )
-    batch = _scalar(loss_fn(_forward(model, {}, x), y))
-    losses = torch.stack([_scalar(loss_fn(_forward(model, {}, x[i : i + 1]), y[i : i + 1])) for i in range(len(x))])
-    # Different summation orders agree to a few roundings; the square root of one is far from both those and a mistake.
-    tolerance = torch.finfo(losses.dtype).eps ** 0.5 * float(losses.abs().mean())
-    if not abs(float(batch - losses.mean())) <= tolerance:
-        raise ValueError(
-            f"loss_fn(model(x), y) is {float(batch):.6g} but the mean of the {len(x)} per-sample losses is "
-            f"{float(losses.mean()):.6g}; the loss must be their mean: use reduction='mean' (not 'sum') over samples, "
-            "and model.eval() if a layer is random or mixes samples"
-        )

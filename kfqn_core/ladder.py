@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from kfqn_core.algebra import nearest_kronecker
-from kfqn_core.exact import LossFunction, layer_call, preactivation_hessians
+from kfqn_core.exact import layer_call, preactivation_hessians
+from kfqn_core.functional import LossFunction
 from kfqn_core.layers import view
 
 __all__ = ["Rung", "backward_step", "block_from_samples", "rungs", "structured_hessian"]

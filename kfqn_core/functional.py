@@ -1,0 +1,162 @@
+"""A model as a function of what it is differentiated by: the tools behind `exact`.
+
+Nothing here changes the model: buffers are copies, hooks are removed even when something fails. Values may be read on
+the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vjp
+
+from kfqn_core.algebra import unvec, vec
+from kfqn_core.layers import SUPPORTED, LayerView, view
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+CHUNK = 64  # unit vectors differentiated at once: bounds the memory beside the result
+
+
+class LayerCall(NamedTuple):
+    """A layer of a model, and what it received and returned in one forward pass."""
+
+    module: nn.Module
+    input: Tensor
+    output: Tensor
+
+
+class LayerParameters:
+    """One layer's `[W | b]` as a vector, and back to the names under which the model holds them."""
+
+    def __init__(self, model: nn.Module, layer: nn.Module | str) -> None:
+        self.name, self.module = find_layer(model, layer)
+        self.view: LayerView = view(self.module)
+        own = dict(self.module.named_parameters(recurse=False))
+        self.theta = vec(self.view.to_matrix(own["weight"], own.get("bias")).detach()).reshape(-1)
+
+    def parameters(self, theta: Tensor) -> dict[str, Tensor]:
+        v = self.view
+        weight, bias = v.from_matrix(unvec(theta.reshape(v.groups, -1), v.d_out))
+        prefix = f"{self.name}." if self.name else ""
+        named = {f"{prefix}weight": weight}
+        return named if bias is None else named | {f"{prefix}bias": bias}
+
+
+def find_layer(model: nn.Module, layer: nn.Module | str) -> tuple[str, nn.Module]:
+    """Name and module of a layer given as either. ValueError, with those it could be, if it is not part of the model."""
+    for name, module in model.named_modules():
+        if module is layer or name == layer:
+            return name, module
+    known = ", ".join(repr(name) for name, module in model.named_modules() if isinstance(module, tuple(SUPPORTED)))
+    wanted = repr(layer) if isinstance(layer, str) else f"this {type(layer).__name__}"
+    raise ValueError(f"{wanted} is not a layer of the model; those it can be are {known or 'none'}")
+
+
+def forward(model: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+    """`model(x)` with some parameters replaced; buffers are copies, so that running statistics do not move."""
+    replaced = {name: buffer.clone() for name, buffer in model.named_buffers()} | parameters
+    output = functional_call(model, replaced, (x,))
+    if not isinstance(output, Tensor):
+        raise TypeError(f"the model must return one tensor, not {type(output).__name__}; wrap it in a module that does")
+    return output
+
+
+@contextmanager
+def hooked(module: nn.Module, hook: Callable) -> Iterator[None]:
+    """A forward hook for the length of a block, gone afterwards even on an error."""
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def layer_calls(model: nn.Module, module: nn.Module, x: Tensor) -> list[LayerCall]:
+    """Every call of a layer in `model(x)`, in order. ValueError if there is none."""
+    calls: list[LayerCall] = []
+
+    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        calls.append(LayerCall(module, inputs[0].detach(), output.detach()))
+
+    with hooked(module, record):
+        forward(model, {}, x)
+    if not calls:
+        name, _ = find_layer(model, module)
+        raise ValueError(f"layer '{name}' is never called in model(x), so the loss does not depend on it; name another")
+    return calls
+
+
+def hessian_product(
+    outputs: Callable[[Tensor], Tensor], loss: Callable[[Tensor], Tensor], point: Tensor, v: Tensor
+) -> Tensor:
+    """`H v` at `point`, where H is the Hessian of `loss(outputs(.))`."""
+
+    def composed(at: Tensor) -> Tensor:
+        return loss(outputs(at))
+
+    return jvp(grad(composed), (point,), (v,))[1]
+
+
+def gauss_newton_product(
+    outputs: Callable[[Tensor], Tensor], loss: Callable[[Tensor], Tensor], point: Tensor, v: Tensor
+) -> Tensor:
+    """`J^T H_z J v` at `point`: J the Jacobian of `outputs`, H_z the Hessian of `loss` in the output."""
+    z, dz = jvp(outputs, (point,), (v,))[:2]
+    Hdz = jvp(grad(loss), (z,), (dz,))[1]
+    return vjp(outputs, point)[1](Hdz)[0]
+
+
+def matrix_of(column: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
+    """The matrix whose j-th column is `column(e_j)`."""
+    identity = torch.eye(like.numel(), dtype=like.dtype, device=like.device)
+    return torch.vmap(column, out_dims=1, chunk_size=CHUNK)(identity)
+
+
+def scalar(loss: Tensor) -> Tensor:
+    """The loss itself; ValueError if it is not a scalar."""
+    if loss.ndim:
+        raise ValueError(f"loss_fn returned shape {tuple(loss.shape)}, but a scalar is needed; reduce it by a mean")
+    return loss
+
+
+def check_batch(x: Tensor, y: Tensor) -> None:
+    """ValueError unless x and y have the same, positive number of samples."""
+    if x.ndim == 0 or y.ndim == 0 or len(x) == 0 or len(x) != len(y):
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and y has shape {tuple(y.shape)}; both need the same, positive number of "
+            "samples as their first dimension"
+        )
+
+
+def check_size(what: str, rows: int, columns: int, like: Tensor, max_bytes: int) -> None:
+    """ValueError, with the count, if a matrix of these sizes would exceed `max_bytes`."""
+    needed = rows * columns * like.dtype.itemsize
+    if needed > max_bytes:
+        raise ValueError(
+            f"{what} has {rows} x {columns} entries, {needed:,} bytes, and max_bytes is {max_bytes:,}; "
+            "use a smaller network, smaller images or fewer samples, or raise max_bytes"
+        )
+
+
+def check_mean_of_samples(model: nn.Module, loss_fn: LossFunction, x: Tensor, y: Tensor) -> None:
+    """ValueError unless the loss of the batch is the mean of the losses of its samples, each evaluated alone."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            raise ValueError(
+                f"'{name}' ({type(module).__name__}) is in training mode: its output for one sample depends on the "
+                "others, so there are no per-sample losses; call model.eval()"
+            )
+    batch = scalar(loss_fn(forward(model, {}, x), y))
+    losses = torch.stack([scalar(loss_fn(forward(model, {}, x[i : i + 1]), y[i : i + 1])) for i in range(len(x))])
+    # Different summation orders agree to a few roundings; the square root of one is far from both those and a mistake.
+    tolerance = torch.finfo(losses.dtype).eps ** 0.5 * float(losses.abs().mean())
+    if not abs(float(batch - losses.mean())) <= tolerance:
+        raise ValueError(
+            f"loss_fn(model(x), y) is {float(batch):.6g} but the mean of the {len(x)} per-sample losses is "
+            f"{float(losses.mean()):.6g}; the loss must be their mean: use reduction='mean' (not 'sum') over samples, "
+            "and model.eval() if a layer is random or mixes samples"
+        )
