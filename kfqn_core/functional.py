@@ -47,7 +47,7 @@ class LayerParameters:
 
 
 def find_layer(model: nn.Module, layer: nn.Module | str) -> tuple[str, nn.Module]:
-    """Name and module of a layer given as either. ValueError, with those it could be, if it is not part of the model."""
+    """Name and module of a layer given as either. ValueError, with those it could be, if the model has no such one."""
     for name, module in model.named_modules():
         if module is layer or name == layer:
             return name, module
