@@ -20,7 +20,7 @@ CURVATURE_TEST = 1e-4
 
 
 def acceptable(s: Tensor, y: Tensor, v: Tensor) -> Tensor:
-    """Whether a BFGS pair is worth using: `s'y > 1e-4 ||s||^2 ||v||`, positive, and finite.
+    """Whether a BFGS pair is worth using: finite, and `s'y > 1e-4 ||s||^2 ||v||`, hence positive.
 
     Args:
         s, y: `[..., n]`, the (damped) pair.
@@ -30,8 +30,7 @@ def acceptable(s: Tensor, y: Tensor, v: Tensor) -> Tensor:
         Boolean `[...]`. False for anything that is not finite: a comparison with NaN is false.
     """
     sy = (s * y).sum(-1)
-    threshold = CURVATURE_TEST * (s * s).sum(-1) * v.norm(dim=-1)
-    return (sy > threshold) & (sy > 0) & torch.isfinite(sy) & torch.isfinite(y).all(-1)
+    return (sy > CURVATURE_TEST * (s * s).sum(-1) * v.norm(dim=-1)) & torch.isfinite(sy)
 
 
 class DenseInverse:
