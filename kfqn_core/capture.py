@@ -91,9 +91,10 @@ class Capture:
     """Records of every layer in `layers` during training forwards of `model`.
 
     A hook fires only where gradients are enabled and the layer is in training mode, so evaluation leaves no trace; nor
-    does a pass that backward never reaches, or one that activation checkpointing repeats during backward. The hooks
-    know this object weakly, and fire only for the module they were made for: neither a deleted optimizer nor a deep
-    copy of the model writes anywhere.
+    does a pass that backward never reaches, or one that activation checkpointing repeats during backward. Until
+    backward reaches it, a pass belongs to its graph and goes with it: several forwards may share one backward. The
+    hooks know this object weakly, and fire only for the module they were made for: neither a deleted optimizer nor a
+    deep copy of the model writes anywhere.
 
     Args:
         model: its forward marks the beginning of a pass.
@@ -121,14 +122,13 @@ class Capture:
         self.clear()
 
     def clear(self) -> None:
-        """Forget every pass since the last step."""
+        """Forget the passes that backward has reached; one that is still on its way there lives in its graph."""
         self._pass, self._finished = _Pass(), []
 
     def take(self) -> dict[str, Record]:
         """The records since the last step; the inputs they refer to are released once the caller drops them."""
-        self._begin_pass()
         records: dict[str, Record] = {}
-        for finished in self._finished:
+        for finished in [self._pass] if self._always else self._finished:
             for name, uses in finished.uses.items():
                 records.setdefault(name, Record(self._views[name])).passes.append(uses)
         self.clear()
@@ -155,11 +155,6 @@ class Capture:
     def _fires(self, module: nn.Module) -> bool:
         return self._always or (module.training and torch.is_grad_enabled())
 
-    def _begin_pass(self) -> None:
-        if self._pass.reached or self._always:
-            self._finished.append(self._pass)
-        self._pass = _Pass()
-
     def _observe(self, name: str, x: Tensor, h: Tensor) -> Tensor:
         uses = self._pass.uses.setdefault(name, [])
         if uses and torch._C._current_graph_task_id() != -1:
@@ -175,9 +170,12 @@ class Capture:
             use.h_mean = view.mean_output(h.detach())
 
         def on_gradient(grad: Tensor) -> None:
-            current.reached = True
+            if not current.reached:
+                current.reached = True
+                self._finished.append(current)
             if self._outputs:
-                use.g_sum = use.samples * use.T * view.mean_output(grad)
+                g_sum = use.samples * use.T * view.mean_output(grad)
+                use.g_sum = g_sum if use.g_sum is None else use.g_sum + g_sum  # several losses, several backwards
 
         if h.requires_grad:
             h.register_hook(on_gradient)
@@ -201,7 +199,7 @@ class _PassHook:
     def __call__(self, model: nn.Module, args: object) -> None:
         capture = self.capture()
         if capture is not None and capture._fires(model):
-            capture._begin_pass()
+            capture._pass = _Pass()
 
 
 @dataclass

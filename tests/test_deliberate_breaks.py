@@ -56,8 +56,8 @@ BREAKS = [
     Break(
         "the factor m dropped: gradients of the mean loss taken for per-sample gradients",
         "kfqn_core/capture.py",
-        "use.g_sum = use.samples * use.T * view.mean_output(grad)",
-        "use.g_sum = use.T * view.mean_output(grad)",
+        "g_sum = use.samples * use.T * view.mean_output(grad)",
+        "g_sum = use.T * view.mean_output(grad)",
         (f"{PARITY}[None-square_loss]", f"{PARITY}[5-square_loss]"),
     ),
     Break(

@@ -103,6 +103,47 @@ def test_two_half_batches_are_the_whole(options):
             assert error(actual[key], value) < 1e-10, key
 
 
+@pytest.mark.parametrize("options", [{}, presets.KBFGS_2020, presets.KFQN_2022, {"pairs": "next_batch"}], ids=str)
+@pytest.mark.parametrize("forwards", [1, 2])
+def test_zero_grad_may_stand_between_forward_and_backward(options, forwards):
+    """As in `loss = ...; optimizer.zero_grad(); loss.backward()`; and several forwards may share one backward."""
+    (x, y), *_ = images(count=1, samples=8)
+    one, two = image_network("grouped"), image_network("grouped")
+    usual, late = KFQN(one, lr=0.05, **options), KFQN(two, lr=0.05, **options)
+
+    def closure():
+        parts = zip(x.chunk(forwards), y.chunk(forwards), strict=True)
+        loss = sum(nn.functional.cross_entropy(two(a), b) for a, b in parts) / forwards
+        late.zero_grad()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        train(one, usual, [(x, y)], 1, nn.functional.cross_entropy)
+        late.step(closure)
+    expected, actual = snapshot(one, usual), snapshot(two, late)
+    assert all(error(actual[key], value) < 1e-10 for key, value in expected.items() if not value.isnan().any())
+
+
+def test_two_losses_may_go_backward_one_after_the_other():
+    (x, y), *_ = images(count=1, samples=8)
+    one, two = image_network("grouped"), image_network("grouped")
+    usual, split = KFQN(one, lr=0.05, **presets.KFQN_2022), KFQN(two, lr=0.05, **presets.KFQN_2022)
+
+    def closure():
+        split.zero_grad()
+        loss = nn.functional.cross_entropy(two(x), y)
+        (0.3 * loss).backward(retain_graph=True)
+        (0.7 * loss).backward()
+        return loss
+
+    for _ in range(3):
+        train(one, usual, [(x, y)], 1, nn.functional.cross_entropy)
+        split.step(closure)
+    expected, actual = snapshot(one, usual), snapshot(two, split)
+    assert all(error(actual[key], value) < 1e-10 for key, value in expected.items())
+
+
 class Shared(nn.Module):
     """The same layer twice in one forward: as if its two inputs were two locations."""
 
