@@ -3,7 +3,7 @@
 PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
-CODE := kfqn_core tests tools conftest.py site
+CODE := kfqn_core benchmarks tests tools conftest.py site
 
 # Torch and BLAS threads of parallel workers wait for each other: one thread each.
 export OMP_NUM_THREADS ?= 1
@@ -11,10 +11,10 @@ export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test book chapters site lab student lint format lock clean
+.PHONY: help setup test book chapters site lab student bench bench-full bench-gpu lint format lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/.ready ## create .venv and install everything, pinned by constraints.txt
 
@@ -46,6 +46,17 @@ lab: setup ## open JupyterLab; the chapters open as notebooks
 
 student: setup ## notebooks without solutions, out/student
 	$(BIN)/python -m tools.student
+
+bench: setup ## does a short benchmark order the methods as the committed results do? (15 minutes)
+	$(BIN)/python -m benchmarks check
+
+bench-full: setup ## run what is missing from benchmarks/results (hours), then write tables and figures
+	$(BIN)/python -m benchmarks run --horizon 1 --seeds 5
+	$(BIN)/python -m benchmarks run --horizon 10 --seeds 3 --budgets wall
+	$(BIN)/python -m benchmarks report
+
+bench-gpu: setup ## step costs at larger sizes on a GPU; without one, say what would run
+	$(BIN)/python -m benchmarks gpu
 
 lint: setup ## ruff, codespell, mypy, and the chapters' round trip through jupytext
 	$(BIN)/ruff check $(CODE)

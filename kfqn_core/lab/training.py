@@ -14,10 +14,9 @@ from tqdm.auto import tqdm
 
 from kfqn_core.lab.problems import Problem
 
-__all__ = ["accuracy", "batches", "cosine", "evaluate", "train"]
+__all__ = ["accuracy", "batches", "cosine", "evaluate", "make_closure", "train"]
 
 WARM_UP = 0.02  # of the run
-COLUMNS = ("step", "epoch", "seconds", "train loss", "test loss")
 
 
 def batches(problem: Problem, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -54,6 +53,13 @@ def accuracy(model: nn.Module, problem: Problem) -> float:
     return right / len(problem.x_test)
 
 
+def _quality(model: nn.Module, problem: Problem) -> dict[str, float]:
+    """The columns that `train` records unless it is told what to measure."""
+    train_loss, test_loss = evaluate(model, problem)
+    losses = {"train loss": train_loss, "test loss": test_loss}
+    return losses if problem.y_test.is_floating_point() else {**losses, "test accuracy": accuracy(model, problem)}
+
+
 def cosine(progress: float) -> float:
     """A schedule: from 0 to 1 over the first 2 % of the run, then down to 0 along half a cosine."""
     if progress < WARM_UP:
@@ -61,9 +67,11 @@ def cosine(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
 
 
-def _closure(
+def make_closure(
     problem: Problem, model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor
 ) -> Callable[[], Any]:
+    """What `optimizer.step` takes: clears the gradients, differentiates the loss of this mini-batch, and returns it."""
+
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
         loss = problem.loss(model(x), y)
@@ -83,6 +91,7 @@ def train(
     warm_start: bool = False,
     schedule: Callable[[float], float] | None = None,
     model: nn.Module | None = None,
+    measure: Callable[[nn.Module], dict[str, float]] | None = None,
     label: str = "train",
 ) -> pd.DataFrame:
     """Train for `steps` mini-batches and record the losses.
@@ -92,7 +101,7 @@ def train(
     again. The seed fixes the initial weights and the order of the data, the same for every optimizer.
     `warm_start=True` first hands one epoch of inputs to `optimizer.warm_start`. `schedule` gives the factor of every
     learning rate at step k of n as a function of k / (n + 1), for instance `cosine`. Pass `model` to train that one, in
-    place.
+    place. `measure(model)` replaces the columns that follow `seconds`; it must not change the model.
 
     Returns a frame with a row before the first step, one every `eval_every` steps, and one after the last: `step`,
     `epoch`, `seconds` (wall time of the steps and of the warm start, evaluation excluded), `train loss` and
@@ -107,15 +116,14 @@ def train(
     model = problem.model(seed) if model is None else model
     optimizer = make_optimizer(model)
     steps_per_epoch = len(problem.x_train) // problem.batch_size
-    rows: list[tuple[float, ...]] = []
+    measure = (lambda model: _quality(model, problem)) if measure is None else measure
+    rows: list[dict[str, float]] = []
     learning_rates = [group["lr"] for group in optimizer.param_groups]
-    classes = not problem.y_test.is_floating_point()
     stopped = ""
     seconds = 0.0
 
     def record(step: int) -> None:
-        quality = (accuracy(model, problem),) if classes else ()
-        rows.append((step, step / steps_per_epoch, seconds, *evaluate(model, problem), *quality))
+        rows.append({"step": step, "epoch": step / steps_per_epoch, "seconds": seconds, **measure(model)})
 
     record(0)
     if warm_start:
@@ -129,7 +137,7 @@ def train(
             if schedule is not None:
                 for group, lr in zip(optimizer.param_groups, learning_rates, strict=True):
                     group["lr"] = lr * schedule(step / (steps + 1))
-            closure = _closure(problem, model, optimizer, *next(stream))
+            closure = make_closure(problem, model, optimizer, *next(stream))
             start = time.perf_counter()
             loss = torch.as_tensor(optimizer.step(closure)).item()
             seconds += time.perf_counter() - start
@@ -139,9 +147,8 @@ def train(
                 break
             if step % eval_every == 0 or step == steps:
                 record(step)
-                bar.set_postfix_str(f"train loss {rows[-1][3]:.2f}")
-    columns = [*COLUMNS, "test accuracy"] if classes else list(COLUMNS)
-    frame = pd.DataFrame(rows, columns=columns).astype({"step": int})
+                bar.set_postfix_str(f"train loss {rows[-1]['train loss']:.2f}" if "train loss" in rows[-1] else "")
+    frame = pd.DataFrame(rows).astype({"step": int})
     if stopped:
         frame.attrs["stopped"] = stopped
     return frame

@@ -1,0 +1,75 @@
+"""`python -m benchmarks step-cost | run | report | check | gpu`: see README.md."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from benchmarks import check, gpu, report
+from benchmarks.costs import step_cost_table
+from benchmarks.methods import METHODS
+from benchmarks.problems import TASKS
+from benchmarks.protocol import BUDGETS, Contest, measured_ratio, play
+from benchmarks.records import RESULTS, Results
+from benchmarks.timing import one_thread
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure step costs where none is kept, then play every contest that is not complete."""
+    contests = []
+    for key in arguments.problems:
+        results = Results(key, arguments.results)
+        for name in tqdm(arguments.methods, desc=f"{key} step costs", leave=False):
+            method = METHODS[name]
+            if name in arguments.redo:
+                results.forget(method)
+            ratio = measured_ratio(TASKS[key], method, results)
+            if ratio is None:
+                error = results.of("failure", method)[-1]["error"]
+                tqdm.write(f"{key} {name} does not run here, which is recorded: {error}")
+            elif TASKS[key].steps is not None:
+                contests += [
+                    Contest(TASKS[key], method, results, horizon, arguments.seeds, tuple(arguments.budgets), ratio)
+                    for horizon in arguments.horizon
+                ]
+    play(contests)
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    one_thread()
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+
+    def command(name: str, function, description: str, problems: list[str], methods: list[str]):
+        sub = commands.add_parser(name, help=description, description=description)
+        sub.set_defaults(function=function)
+        sub.add_argument("--problems", nargs="+", choices=list(TASKS), default=problems, metavar="P")
+        sub.add_argument("--methods", nargs="+", choices=list(METHODS), default=methods, metavar="METHOD")
+        sub.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+        return sub
+
+    trained = [key for key, task in TASKS.items() if task.steps is not None]
+    everyone = list(METHODS)
+    sub = command("step-cost", step_cost_table, "cost of a step against its floor", ["P1", "P4"], everyone)
+    sub.add_argument("--turns", type=int, default=15, help="turns that each method takes")
+    sub = command("run", run, "run what is missing from the results", trained, everyone)
+    sub.add_argument("--seeds", type=int, default=5, help="fresh seeds")
+    sub.add_argument("--horizon", nargs="+", type=int, choices=(1, 10), default=[1], help="multiples of N")
+    sub.add_argument("--budgets", nargs="+", choices=BUDGETS, default=list(BUDGETS))
+    sub.add_argument("--redo", nargs="+", choices=everyone, default=[], metavar="METHOD", help="forget these first")
+    command("report", report.main, "write every table and figure from the results", trained, everyone)
+    sub = command("check", check.main, "does a short run order the methods as the results do?",
+                  ["P1", "P2", "P3", "P5"], ["kfqn", "muon", "soap", "adam", "sgd"])  # fmt: skip
+    sub.add_argument("--seeds", type=int, default=2, help="fresh seeds")
+    sub = commands.add_parser("gpu", help="step costs at larger sizes on a GPU")
+    sub.set_defaults(function=gpu.main)
+    parsed = parser.parse_args(arguments)
+    return parsed.function(parsed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

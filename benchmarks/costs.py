@@ -1,0 +1,61 @@
+"""The table of step costs: measured, counted by torch, and the floor that shapes alone give."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from benchmarks.counting import count
+from benchmarks.flops import floor_ratio, shapes
+from benchmarks.methods import METHODS, state_bytes
+from benchmarks.problems import TASKS, Task
+from benchmarks.timing import step_cost, stepper
+from kfqn_core import describe
+from kfqn_core.optimizer import KFQN
+
+__all__ = ["described_bytes", "step_cost_table"]
+
+HEADER = ("problem", "method", "time / SGD", "95 % interval", "floor", "counted", "time / floor", "time / Adam",
+          "state / Adam", "as described")  # fmt: skip
+
+
+def described_bytes(task: Task, name: str) -> int | None:
+    """State bytes that `describe` promises for a configuration of KFQN; None for other methods."""
+    method = METHODS[name]
+    if method.constructor is not KFQN:
+        return None
+    return describe(task.problem.model(seed=0), **method.settings).state_bytes
+
+
+def step_cost_table(arguments: argparse.Namespace) -> int:
+    """Print the table. Nothing is stored: it is the state of the code, not a result."""
+    rows = [HEADER]
+    for key in arguments.problems:
+        task = TASKS[key]
+        layers = shapes(task.problem.model(seed=0), task.problem.x_train[: task.problem.batch_size])
+        step, _ = stepper(task, "sgd")
+        sgd = count(step).flops
+        for name in arguments.methods:
+            method = METHODS[name]
+            try:
+                cost = step_cost(task, name, turns=arguments.turns)
+                step, optimizer = stepper(task, name)
+                counted = count(step, method.period).flops / sgd
+            except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+                rows.append((key, name, f"fails: {type(error).__name__}: {str(error)[:60]}", *[""] * 7))
+                continue
+            least = floor_ratio(name, method.settings, layers)
+            promised = described_bytes(task, name)
+            rows.append((
+                key, name, f"{cost.to_sgd.value:.2f}", f"{cost.to_sgd.low:.2f} to {cost.to_sgd.high:.2f}",
+                "-" if least is None else f"{least:.2f}", f"{counted:.2f}",
+                "-" if least is None else f"{cost.to_sgd.value / least:.2f}", f"{cost.to_adam.value:.2f}",
+                f"{cost.bytes_to_adam:.2f}",
+                "-" if promised is None else "yes" if promised == state_bytes(optimizer) else f"no: {promised} B",
+            ))  # fmt: skip
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread")
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return 0

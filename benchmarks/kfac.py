@@ -1,0 +1,127 @@
+"""K-FAC, kept here because no maintained package for it runs with the pinned torch: Martens & Grosse (2015), with the
+convolutional factors of Grosse & Martens (2016).
+
+    A = E[sum_t a a^T],  G = E[mean_t g g^T] with labels drawn from the model itself,
+    D = (G + sqrt(lambda)/pi I)^-1 M (A + pi sqrt(lambda) I)^-1,  pi^2 = (tr A / d_in) / (tr G / d_out)
+
+Not in it: the adaptive lambda, the exact quadratic model of the step, and weight decay. The step is shortened where its
+squared Fisher norm exceeds `kl_clip`, the rule of Ba, Grosse & Martens (2017) that public implementations share.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfqn_core.second_pass import restored
+from kfqn_core.update import curvature_layers
+
+LIKELIHOODS: dict[str, Callable[[Tensor], Tensor]] = {
+    # Draws labels for these outputs and returns the gradient of the mean negative log-likelihood in the outputs.
+    "bernoulli": lambda z: (z.sigmoid() - torch.bernoulli(z.sigmoid())) / len(z),
+    "categorical": lambda z: (
+        z.softmax(1) - nn.functional.one_hot(torch.multinomial(z.softmax(1), 1)[:, 0], z.shape[1])
+    ) / len(z),
+}  # fmt: skip
+
+
+class KFAC(torch.optim.Optimizer):
+    """K-FAC for the layers that `kfqn_core.update.curvature_layers` finds; other parameters move by their momentum.
+
+    Args:
+        model: called as `model(x)` in each training step; its loss is a mean over samples.
+        lr: step length.
+        likelihood: `"bernoulli"` (outputs are logits of pixels) or `"categorical"` (outputs are scores of classes).
+        every: factors and their inverses are updated at the first step and then at every `every`-th, from one further
+            forward and backward pass over the mini-batch with labels drawn from the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float,
+        likelihood: str,
+        *,
+        every: int = 10,
+        damping: float = 0.03,
+        momentum: float = 0.9,
+        factor_decay: float = 0.95,
+        kl_clip: float = 1e-3,
+    ):
+        layers, rest = curvature_layers(model)
+        super().__init__([p for p in model.parameters() if p.requires_grad], {"lr": lr, "momentum": momentum})
+        self._model, self._layers, self._rest = model, layers, list(rest.values())
+        self._gradient = LIKELIHOODS[likelihood]
+        self._every, self._damping, self._decay, self._kl_clip = every, damping, factor_decay, kl_clip
+        self._steps = 0
+        self._x: Tensor | None = None
+        model.register_forward_pre_hook(self._remember)
+
+    def _remember(self, model: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if model.training and torch.is_grad_enabled():
+            self._x = args[0]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor]) -> Tensor:  # type: ignore[override]
+        with torch.enable_grad():
+            loss = closure()
+        if self._steps % self._every == 0:
+            self._update_factors()
+        self._steps += 1
+        lr, momentum = self.param_groups[0]["lr"], self.param_groups[0]["momentum"]
+        moves: list[tuple[nn.Parameter, Tensor]] = []
+        squared = torch.zeros(())
+        for module, view in self._layers.values():
+            state = self.state[module.weight]
+            gradient = view.to_matrix(module.weight.grad, None if module.bias is None else module.bias.grad)
+            M = state.setdefault("M", torch.zeros_like(gradient)).lerp_(gradient, 1 - momentum)
+            D = state["G_inv"] @ M @ state["A_inv"]
+            squared = squared + lr**2 * (D * gradient).sum()
+            weight, bias = view.from_matrix(D)
+            moves += [(module.weight, weight)] + ([] if bias is None else [(module.bias, bias)])
+        for p in self._rest:
+            moves.append((p, self.state[p].setdefault("M", torch.zeros_like(p)).lerp_(p.grad, 1 - momentum)))
+        shorter = (self._kl_clip / squared.clamp_min(1e-30)).sqrt().clamp_max(1.0)
+        for p, D in moves:
+            p.sub_(lr * shorter * D)
+        return loss
+
+    def _update_factors(self) -> None:
+        assert self._x is not None
+        x, seen = self._x, {}
+
+        def watch(module: nn.Module, args: tuple[Tensor, ...], h: Tensor) -> None:
+            seen[module] = (args[0].detach(), h)
+
+        handles = [module.register_forward_hook(watch) for module, _ in self._layers.values()]
+        with restored(self._model), torch.enable_grad():
+            z = self._model(x)
+            gradients = torch.autograd.grad(
+                z, [seen[m][1] for m, _ in self._layers.values()], self._gradient(z.detach())
+            )
+        for handle in handles:
+            handle.remove()
+        fresh = 0.0 if self._steps == 0 else self._decay
+        for (module, view), g in zip(self._layers.values(), gradients, strict=True):
+            state: dict[str, Any] = self.state[module.weight]
+            rows = view.outputs(g * len(x)).transpose(0, 1).flatten(1, 2)  # [groups, N T, d_out], per sample
+            moments = {"A": view.second_moment(seen[module][0]), "G": rows.mT @ rows / rows.shape[1]}
+            for name, moment in moments.items():
+                state[name] = moment if name not in state else state[name].lerp_(moment, 1 - fresh)
+            state["A_inv"], state["G_inv"] = damped_inverses(state["A"], state["G"], self._damping)
+
+
+def damped_inverses(A: Tensor, G: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """`(A + pi sqrt(lambda) I)^-1` and `(G + sqrt(lambda)/pi I)^-1` for `[groups, n, n]` factors."""
+    traces = [F.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-12)[:, None, None] for F in (A, G)]
+    pi, root = (traces[0] / traces[1]).sqrt(), math.sqrt(damping)
+    eyes = [torch.eye(F.shape[-1], dtype=F.dtype) for F in (A, G)]
+    A_inv, G_inv = (
+        torch.cholesky_inverse(torch.linalg.cholesky(F + shift * eye))
+        for F, shift, eye in zip((A, G), (pi * root, root / pi), eyes, strict=True)
+    )
+    return A_inv, G_inv

@@ -1,0 +1,184 @@
+"""The contestants: each by name, with how it is built, what it is built with, and four learning rates to choose from.
+
+Every peer has the settings of its package but where the table below says otherwise; whatever a peer recomputes now and
+then, it recomputes every ten steps (`EVERY`), because that is where SOAP's authors put it. No method uses weight decay
+except the 2020 presets, whose L2 term of 1e-5 belongs to them. Momentum is the method's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pytorch_optimizer import SOAP, Kron, ScalableShampoo
+from pytorch_optimizer.optimizer.utils.graft import LayerWiseGrafting
+from torch import Tensor, nn
+
+from benchmarks.kfac import KFAC
+from benchmarks.problems import Task
+from kfqn_core import KFQN, presets
+
+__all__ = ["METHODS", "Method", "state_bytes"]
+
+EVERY = 10
+
+
+@dataclass(frozen=True)
+class Method:
+    """A contestant. `settings` are the keyword arguments of `constructor` and are recorded with each result.
+
+    `lrs_pixels` replaces `lrs` where the loss is a sum over pixels, for methods whose step scales with the loss.
+    `default_lr` is a rate that the method promises without tuning: it is reported beside the tuned one. `period` is the
+    number of steps after which costs repeat. `package` names the distribution whose version is recorded.
+    """
+
+    name: str
+    label: str
+    constructor: Callable[..., Any]
+    lrs: tuple[float, float, float, float]
+    package: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    lrs_pixels: tuple[float, float, float, float] | None = None
+    default_lr: float | None = None
+    period: int = 1
+    warm_start: bool = False
+
+    def grid(self, task: Task) -> tuple[float, ...]:
+        """The learning rates to choose from on this problem."""
+        return self.lrs_pixels if self.lrs_pixels and task.likelihood == "bernoulli" else self.lrs
+
+    def build(self, model: nn.Module, lr: float, task: Task) -> Any:
+        """An optimizer that `kfqn_core.lab.training.train` can drive: `step(closure)`, `zero_grad`, `param_groups`."""
+        if self.constructor is KFAC:
+            return KFAC(model, lr, task.likelihood, **self.settings)
+        return self.constructor(model, lr, **self.settings)
+
+    def described(self) -> dict[str, Any]:
+        """What is recorded of a method: readable, and equal for equal methods."""
+        return {key: value if isinstance(value, int | float | str | None) else str(value)
+                for key, value in sorted(self.settings.items())}  # fmt: skip
+
+
+def from_parameters(optimizer: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
+    """A constructor that takes a model in place of parameters."""
+
+    def build(model: nn.Module, lr: float, **settings: Any) -> torch.optim.Optimizer:
+        return optimizer(model.parameters(), lr=lr, **settings)
+
+    return build
+
+
+class MuonAndAdam:
+    """`torch.optim.Muon` for weights, Adam at the same learning rate for everything else.
+
+    Muon takes matrices only. A convolution's weight is handed to it as `[d_out, channels * kernel]`, as Muon's authors
+    do: a parameter that shares the weight's memory, whose gradient is pointed at the weight's before each step.
+    """
+
+    def __init__(self, model: nn.Module, lr: float, **settings: Any):
+        weights = [p for p in model.parameters() if p.ndim >= 2]
+        self._matrices = [(nn.Parameter(p.detach().flatten(1)), p) for p in weights]
+        muon = torch.optim.Muon([matrix for matrix, _ in self._matrices], lr=lr, **settings)
+        adam = torch.optim.Adam([p for p in model.parameters() if p.ndim < 2], lr=lr)
+        self._model, self._optimizers = model, (muon, adam)
+        self.param_groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+
+    @property
+    def state(self) -> dict[Tensor, Any]:
+        return {p: state for optimizer in self._optimizers for p, state in optimizer.state.items()}
+
+    def zero_grad(self) -> None:
+        self._model.zero_grad()
+
+    def step(self, closure: Callable[[], Tensor]) -> Tensor:
+        loss = closure()
+        for matrix, weight in self._matrices:
+            matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
+        for optimizer in self._optimizers:
+            optimizer.step()
+        return loss
+
+
+def state_bytes(optimizer: Any) -> int:
+    """Bytes that an optimizer holds between steps beside parameters and gradients, each storage counted once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(optimizer.state, set())}
+    own = {p.untyped_storage().data_ptr() for group in optimizer.param_groups for p in group["params"]}
+    return sum(size for address, size in storages.items() if address not in own)
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Every tensor below `value`, through containers and through a package's own objects."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for entry in value.values():
+            yield from _tensors(entry, seen)
+    elif isinstance(value, list | tuple | set):
+        for entry in value:
+            yield from _tensors(entry, seen)
+    elif hasattr(value, "__dict__") and not isinstance(value, type):
+        yield from _tensors(vars(value), seen)
+
+
+LADDER = (0.001, 0.003, 0.01, 0.03)
+NORMALISED = (0.01, 0.03, 0.1, 0.3)  # steps whose root mean square is 0.2 lr, whatever the gradient
+RAW = (0.03, 0.1, 0.3, 1.0)
+
+
+def _peer(
+    name: str,
+    label: str,
+    optimizer: type[torch.optim.Optimizer],
+    lrs: tuple[float, float, float, float],
+    **settings: Any,
+) -> Method:
+    return Method(name, label, from_parameters(optimizer), lrs, "pytorch_optimizer", settings, period=EVERY)
+
+
+def _kfqn(name: str, label: str, **options: Any) -> Method:
+    """A configuration of `KFQN` with its normalised step. More are added here, each one line."""
+    period = options.get("refresh", 1)
+    return Method(name, label, KFQN, NORMALISED, "kfqn-core", options, period=period)
+
+
+def _published(name: str, label: str, options: Mapping[str, Any], warm_start: bool) -> tuple[Method, Method]:
+    """A preset as published, and refreshed every five steps."""
+    return (
+        Method(name, label, KFQN, RAW, "kfqn-core", options, warm_start=warm_start),
+        Method(
+            f"{name}-5", f"{label}, refresh 5", KFQN, RAW, "kfqn-core",
+            {**options, "refresh": 5}, period=5, warm_start=warm_start,
+        ),
+    )  # fmt: skip
+
+
+_ALL = (
+    Method("kfqn", "KFQN", KFQN, NORMALISED, "kfqn-core", default_lr=0.03),
+    _kfqn("kfqn-5", "KFQN, refresh 5", refresh=5),
+    _kfqn("kfqn-next-batch", "KFQN, H_g from the next batch", pairs="next_batch"),
+    _kfqn("kfqn-second-pass-5", "KFQN, H_g by second pass, refresh 5", pairs="second_pass", refresh=5),
+    *_published("kbfgs", "K-BFGS 2020", presets.KBFGS_2020, warm_start=True),
+    *_published("kbfgs-l", "K-BFGS(L) 2020", presets.KBFGS_L_2020, warm_start=True),
+    *_published("kfqn-2021", "KF-QN-CNN 2021", presets.KFQN_CNN_2021, warm_start=False),
+    *_published("kfqn-2022", "KF-QN 2022", presets.KFQN_2022, warm_start=False),
+    Method(
+        "sgd", "SGD with momentum", from_parameters(torch.optim.SGD), (0.01, 0.03, 0.1, 0.3), "torch",
+        {"momentum": 0.9}, lrs_pixels=(0.0003, 0.001, 0.003, 0.01),
+    ),
+    Method("adam", "Adam", from_parameters(torch.optim.Adam), LADDER, "torch"),
+    # The scale of Adam's step, so that one learning rate fits both parts.
+    Method("muon", "Muon", MuonAndAdam, NORMALISED, "torch", {"weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}),
+    _peer("soap", "SOAP", SOAP, (0.003, 0.01, 0.03, 0.1), weight_decay=0.0, precondition_frequency=EVERY),
+    _peer(
+        "shampoo", "Shampoo", ScalableShampoo, (0.0003, 0.001, 0.003, 0.01),
+        preconditioning_compute_steps=EVERY, start_preconditioning_step=EVERY, graft_type=LayerWiseGrafting.RMSPROP,
+    ),
+    _peer("psgd", "PSGD Kron", Kron, (0.01, 0.03, 0.1, 0.3), pre_conditioner_update_probability=1 / EVERY),
+    Method("kfac", "K-FAC", KFAC, (0.01, 0.03, 0.1, 0.3), "kfqn-core", {"every": EVERY}, period=EVERY),
+)  # fmt: skip
+METHODS = {method.name: method for method in _ALL}

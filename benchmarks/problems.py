@@ -1,0 +1,92 @@
+"""The problems of the comparison: P1 to P7, each with the number of Adam steps that defines its budget of wall time.
+
+| | problem | training / test samples | batch | N |
+|---|---|---|---|---|
+| P1 | CURVES autoencoder, 784-400-200-100-50-25-6, ReLU | 9000 / 1000 | 1000 | 200 |
+| P2 | digits autoencoder, 64-128-64-32-8, ReLU | 1400 / 397 | 200 | 400 |
+| P3 | digits CNN, 16-32-64 channels, 64 units | 1400 / 397 | 128 | 130 |
+| P4 | VGG-like CNN on noise: for the cost of a step only | 64 | 64 | - |
+| P5 | photographs CNN with batch norm | 8000 / 2000 | 128 | 300 |
+| P6 | photographs CNN without batch norm | 8000 / 2000 | 128 | 300 |
+| P7 | P2 with tanh | 1400 / 397 | 200 | 400 |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from kfqn_core.lab import problems
+from kfqn_core.lab.problems import Problem
+
+__all__ = ["TASKS", "Task", "vgg_like"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A problem with its budget: `steps` is N, or None where only the cost of a step is of interest.
+
+    `likelihood` names what the loss is the negative logarithm of; K-FAC samples labels from it.
+    """
+
+    key: str
+    make: Callable[[], Problem]
+    steps: int | None
+    likelihood: str
+
+    @property
+    def problem(self) -> Problem:
+        """The data and the model, made once."""
+        return _made(self.make)
+
+
+@cache
+def _made(make: Callable[[], Problem]) -> Problem:
+    return make()
+
+
+def vgg_like() -> Problem:
+    """Six 3x3 convolutions (32, 32, 64, 64, 128, 128 channels), pooled after every second, then 256 and 10 units.
+
+    The data are 32x32 noise: it stands for the shapes of a larger convolutional network.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 3, 32, 32, generator=generator)
+    y = torch.randint(10, (64,), generator=generator)
+
+    def model() -> nn.Module:
+        layers: list[nn.Module] = []
+        for i, (d_in, d_out) in enumerate(pairwise((3, 32, 32, 64, 64, 128, 128))):
+            layers += [nn.Conv2d(d_in, d_out, 3, padding=1), nn.ReLU()]
+            layers += [nn.MaxPool2d(2)] * (i % 2)
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 16, 256), nn.ReLU(), nn.Linear(256, 10))
+
+    return Problem("VGG-like CNN", model, x, y, x, y, cross_entropy, batch_size=64)
+
+
+def digits_autoencoder_tanh() -> Problem:
+    return problems.digits_autoencoder(nn.Tanh)
+
+
+def photographs_cnn_without_batch_norm() -> Problem:
+    return problems.photographs_cnn(batch_norm=False)
+
+
+TASKS = {
+    task.key: task
+    for task in (
+        Task("P1", problems.curves_autoencoder, 200, "bernoulli"),
+        Task("P2", problems.digits_autoencoder, 400, "bernoulli"),
+        Task("P3", problems.digits_cnn, 130, "categorical"),
+        Task("P4", vgg_like, None, "categorical"),
+        Task("P5", problems.photographs_cnn, 300, "categorical"),
+        Task("P6", photographs_cnn_without_batch_norm, 300, "categorical"),
+        Task("P7", digits_autoencoder_tanh, 400, "bernoulli"),
+    )
+}

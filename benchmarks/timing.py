@@ -1,0 +1,126 @@
+"""What a step costs, as a ratio: methods take turns in one process, and each turn is compared with its neighbours'.
+
+A busy machine slows whoever runs at that moment. Short turns, one method after the other, put the same disturbance on
+both sides of a ratio; the median over turns ignores the turns in which something else woke up.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from benchmarks.methods import METHODS, state_bytes
+from benchmarks.problems import Task
+from kfqn_core.lab.training import batches, make_closure
+
+__all__ = ["Ratio", "StepCost", "paired_ratios", "step_cost", "stepper"]
+
+TURNS = 15  # the median's 95 % interval then runs from the 4th to the 12th turn
+REFERENCES = ("adam", "sgd")
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A median of paired ratios and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, samples: np.ndarray) -> Ratio:
+        """Median, and the order statistics that hold it with about 95 % probability (binomial, nothing assumed)."""
+        ordered = np.sort(samples)
+        n = len(ordered)
+        below = int(np.floor(n / 2 - 0.98 * np.sqrt(n)))  # normal approximation of the binomial quantile
+        below = min(max(below, 0), (n - 1) // 2)
+        return cls(float(np.median(ordered)), float(ordered[below]), float(ordered[n - 1 - below]))
+
+
+def paired_ratios(
+    steps: Mapping[str, Callable[[], None]],
+    per_turn: Mapping[str, int],
+    *,
+    turns: int = TURNS,
+    wait: Callable[[], None] = lambda: None,
+    label: str = "timing",
+) -> dict[str, np.ndarray]:
+    """Seconds per step of every entry of `steps` in each of `turns` rounds, taken in turns.
+
+    `per_turn` says how many steps make a turn. The order is reversed every round, so that no one always runs on warm
+    caches. One round that is not counted goes before. `wait` lets a device finish its queue.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in tqdm(range(turns + 1), desc=label, leave=False):
+        for name in list(steps) if turn % 2 else reversed(list(steps)):
+            step, count = steps[name], per_turn[name]
+            wait()
+            start = time.perf_counter()
+            for _ in range(count):
+                step()
+            wait()
+            if turn:
+                seconds[name].append((time.perf_counter() - start) / count)
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def stepper(task: Task, name: str, *, warm_up: int = 3) -> tuple[Callable[[], None], object]:
+    """A function that takes one training step of a method at its smallest learning rate, and the optimizer.
+
+    The first steps, in which state is allocated and first inverses are taken, are already behind it.
+    """
+    problem, method = task.problem, METHODS[name]
+    model = problem.model(seed=0)
+    optimizer = method.build(model, min(method.grid(task)), task)
+    if method.warm_start:
+        optimizer.warm_start(problem.x_train.split(problem.batch_size))
+    stream = batches(problem, seed=0)
+
+    def step() -> None:
+        optimizer.step(make_closure(problem, model, optimizer, *next(stream)))
+
+    for _ in range(max(warm_up, method.period + 1)):
+        step()
+    return step, optimizer
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """A method's step on one problem: against Adam's and SGD's in time, against Adam's in bytes of state."""
+
+    to_adam: Ratio
+    to_sgd: Ratio
+    adam_ms: float
+    bytes: int
+    bytes_to_adam: float
+
+
+def step_cost(task: Task, name: str, *, turns: int = TURNS) -> StepCost:
+    """Measure one method against Adam and SGD with momentum, all three taking turns."""
+    made = {entry: stepper(task, entry) for entry in dict.fromkeys((name, *REFERENCES))}
+    # A turn covers whole periods of the method, and is long enough for a clock to see.
+    period = METHODS[name].period
+    count = period * -(-4 // period)
+    seconds = paired_ratios(
+        {entry: step for entry, (step, _) in made.items()},
+        {entry: count if entry == name else 4 for entry in made},
+        turns=turns,
+        label=f"{task.key} {name}",
+    )
+    held = {entry: state_bytes(optimizer) for entry, (_, optimizer) in made.items()}
+    return StepCost(
+        *(Ratio.of(seconds[name] / seconds[reference]) for reference in REFERENCES),
+        adam_ms=float(np.median(seconds["adam"]) * 1e3),
+        bytes=held[name],
+        bytes_to_adam=held[name] / held["adam"],
+    )
+
+
+def one_thread() -> None:
+    """Torch threads of a benchmark wait for each other wherever another process runs."""
+    torch.set_num_threads(1)
