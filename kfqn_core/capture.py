@@ -8,9 +8,10 @@ a difference of such means, `O(d)` numbers per layer. Inputs are kept by referen
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +95,11 @@ class Capture:
     does a pass that backward never reaches, or one that activation checkpointing repeats during backward. Until
     backward reaches it, a pass belongs to its graph and goes with it: several forwards may share one backward. The
     hooks know this object weakly, and fire only for the module they were made for: neither a deleted optimizer nor a
-    deep copy of the model writes anywhere.
+    copy of the model writes anywhere. Only where this object is copied or pickled together with the model do the copied
+    hooks work, for the copies; passes are left behind, as gradients are.
+
+    Under `torch.compile` a training forward leaves the graph at every layer watched here, so that `fullgraph=True` is
+    for evaluation only. Inside a transform of `torch.func` nothing is recorded.
 
     Args:
         model: its forward marks the beginning of a pass.
@@ -109,16 +114,34 @@ class Capture:
         self._start_graph = False
         self._pass = _Pass()
         self._finished: list[_Pass] = []
+        self._observe_eagerly = _eager(Capture._observe)
         this = weakref.ref(self)
-        self._handles = [model.register_forward_pre_hook(_PassHook(this))]
+        pass_hook = _PassHook(this, weakref.ref(model))
+        self._hooks: list[_Hook] = [pass_hook]
+        self._handles = [model.register_forward_pre_hook(pass_hook)]
         for name, (module, _) in layers.items():
-            self._handles.append(module.register_forward_hook(_LayerHook(this, name, weakref.ref(module))))
+            hook = _LayerHook(this, weakref.ref(module), name)
+            self._hooks.append(hook)
+            self._handles.append(module.register_forward_hook(hook))
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = vars(self) | {"_pass": _Pass(), "_finished": [], "_modules": [hook.module() for hook in self._hooks]}
+        del state["_observe_eagerly"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        modules = state.pop("_modules")
+        vars(self).update(state)
+        self._observe_eagerly = _eager(Capture._observe)
+        for hook, module in zip(self._hooks, modules, strict=True):
+            hook.capture, hook.module = weakref.ref(self), weakref.ref(module)
 
     def remove(self) -> None:
         """Take every hook off the model."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._hooks.clear()
         self.clear()
 
     def clear(self) -> None:
@@ -156,6 +179,8 @@ class Capture:
         return self._always or (module.training and torch.is_grad_enabled())
 
     def _observe(self, name: str, x: Tensor, h: Tensor) -> Tensor:
+        if torch._C._are_functorch_transforms_active():
+            return h  # per-sample gradients, Hessians: tensors that end with the transform
         uses = self._pass.uses.setdefault(name, [])
         if uses and torch._C._current_graph_task_id() != -1:
             return h  # activation checkpointing runs the layer again during backward
@@ -191,30 +216,50 @@ class _Pass:
 
 
 @dataclass
-class _PassHook:
+class _Hook:
+    """What is registered on a module. A copy of it does nothing, until a capture that was copied along claims it."""
+
+    capture: Callable[[], Capture | None]
+    module: Callable[[], nn.Module | None]
+
+    def listener(self, module: nn.Module) -> Capture | None:
+        """The capture that wants to hear of this forward of `module`, if there is one."""
+        capture = self.capture()
+        if capture is None or module is not self.module() or not capture._fires(module):
+            return None
+        return capture
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"capture": _gone, "module": _gone}
+
+
+class _PassHook(_Hook):
     """Model pre-hook: a new training pass begins."""
 
-    capture: weakref.ref[Capture]
-
     def __call__(self, model: nn.Module, args: object) -> None:
-        capture = self.capture()
-        if capture is not None and capture._fires(model):
+        capture = self.listener(model)
+        if capture is not None:
             capture._pass = _Pass()
 
 
 @dataclass
-class _LayerHook:
+class _LayerHook(_Hook):
     """Layer hook: hand input and output of the module it was made for to the capture."""
 
-    capture: weakref.ref[Capture]
     name: str
-    module: weakref.ref[nn.Module]
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], h: Tensor) -> Tensor:
-        capture = self.capture()
-        if capture is None or module is not self.module() or not capture._fires(module):
-            return h
-        return capture._observe(self.name, args[0], h)
+        capture = self.listener(module)
+        return h if capture is None else capture._observe_eagerly(capture, self.name, args[0], h)
+
+
+def _gone() -> None:
+    """A weak reference that pickles: what it referred to is no more."""
+
+
+def _eager(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`function`, which `torch.compile` calls and does not trace. As a decorator it would cost a second at import."""
+    return torch.compiler.disable(function)
 
 
 def _total(values: list[Tensor]) -> Tensor:

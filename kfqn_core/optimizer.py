@@ -24,6 +24,7 @@ PAIR_DAMPINGS = ("double", "levenberg-marquardt")
 DAMPING_SPLITS = ("even", "locations")
 STEP_LENGTHS = ("raw", "normalised")
 ADAM_BETAS, ADAM_EPS = (0.9, 0.99), 1e-8
+OWN = ("_layers", "_normalised", "_model", "_pairs", "_refresh", "_steps", "_warm_started", "_skipped", "_capture")
 
 
 class KFQN(torch.optim.Optimizer):
@@ -69,6 +70,12 @@ class KFQN(torch.optim.Optimizer):
     `loss` must be a mean over samples (axis 0), since mean per-sample gradients are recovered from it; where
     micro-batches are accumulated, scale each loss so that the gradients add up to that of the mean. A step whose loss
     or gradient is not finite changes neither parameters nor curvature and is counted in `skipped_steps`.
+
+    Copies and pickles: a model is copied without its optimizer, and its hooks then do nothing; `copy.deepcopy((model,
+    optimizer))`, or a pickle of both, goes on as the originals do. Otherwise use `state_dict`.
+
+    Wrappers: `model` may be wrapped by `torch.compile`, before or after. A compiled model leaves its graph at every
+    curvature layer in training (so no `fullgraph=True`) and never in evaluation.
     """
 
     def __init__(
@@ -244,9 +251,13 @@ class KFQN(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         self._capture.clear()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: as `torch.optim.Optimizer`, with the model, so that both must be copied together."""
+        return {**super().__getstate__(), **{key: value for key, value in vars(self).items() if key in OWN}}
+
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict`, with this optimizer's counters; loads under `weights_only=True`."""
-        started = {layer.name: layer.activation.started for layer in self._layers}
+        started = [layer.activation.started for layer in self._layers]
         counters = {"steps": self._steps, "warm_started": self._warm_started, "started": started}
         return {**super().state_dict(), "kfqn": {**counters, "skipped_steps": self.skipped_steps}}
 
@@ -278,8 +289,8 @@ class KFQN(torch.optim.Optimizer):
         counters = state_dict["kfqn"]
         self._steps, self._warm_started = counters["steps"], counters["warm_started"]
         self._skipped.fill_(counters["skipped_steps"])
-        for layer in self._layers:
-            layer.activation.started = counters["started"][layer.name]
+        for layer, started in zip(self._layers, counters["started"], strict=True):
+            layer.activation.started = started
 
     def _no_autocast(self) -> torch.autocast:
         """Curvature needs its digits, also where a user's whole training step stands under autocast."""
@@ -294,7 +305,8 @@ class KFQN(torch.optim.Optimizer):
         if unseen or not layers:
             raise RuntimeError(
                 f"no training forward of {unseen or 'any layer'} was seen before this step: call model.train(), run "
-                "forward and backward through the model that KFQN was given, then step"
+                "forward and backward through the model that KFQN was given, then step (a model that was compiled and "
+                "run before must be compiled anew: torch.compiler.reset())"
             )
         return records
 

@@ -46,6 +46,7 @@ class SecondPass:
         grads = [p.grad for p in self._params]
         for p in self._params:
             p.requires_grad_(False)
+            p.grad = None  # the closure may fill gradients with zeros
         try:
             with restored(self._model, self._devices):
                 torch.set_rng_state(self._cpu_state)

@@ -1,4 +1,4 @@
-"""The update of one layer compiles without a graph break, and the compiled update equals the eager one."""
+"""The update of one layer compiles without a graph break and equals the eager one; a compiled model trains as it is."""
 
 import copy
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from kfqn_core import KFQN
 from kfqn_core.capture import Record, Use
-from tests.test_optimizer import METHODS, error
+from tests.test_optimizer import METHODS, error, snapshot, train
 
 # The tracer and the functionalised graph, without a C++ compiler: what is proved is that nothing breaks the graph.
 COMPILE = {"fullgraph": True, "backend": "aot_eager", "dynamic": False}
@@ -36,3 +36,68 @@ def test_layer_update_is_one_graph(method):
             if not value.isnan().any():  # "next_batch" has not seen a mini-batch yet
                 assert error(compiled.tensors()[key], value) < 1e-12, key
         assert error(torch.compile(compiled.direction, **COMPILE)(), eager.direction()) < 1e-12
+
+
+class Straight(nn.Module):
+    """A forward that is not a loop, so that a graph may go on behind a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.norm = nn.Conv2d(2, 3, 3), nn.Linear(27, 5), nn.LayerNorm(5)
+
+    def forward(self, x):
+        return self.norm(torch.tanh(self.b(torch.tanh(self.a(x)).flatten(1))))
+
+
+@pytest.mark.parametrize("order", ["KFQN first", "torch.compile first", "model.compile first"])
+@pytest.mark.parametrize("method", ["default", "KBFGS_2020", "next_batch"])
+def test_a_compiled_model_trains_as_the_model(method, order):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = Straight().double()
+    compiled = twin = copy.deepcopy(model)
+    data = [(torch.randn(6, 2, 5, 5).double(), torch.randn(6, 5).double()) for _ in range(2)]
+    usual = KFQN(model, lr=0.05, **METHODS[method])
+    if order == "model.compile first":
+        twin.compile(backend="aot_eager")
+    elif order == "torch.compile first":
+        compiled = torch.compile(twin, backend="aot_eager")
+    optimizer = KFQN(compiled, lr=0.05, **METHODS[method])
+    if order == "KFQN first":
+        compiled = torch.compile(twin, backend="aot_eager")
+    train(model, usual, data, 4)
+    train(compiled, optimizer, data, 4)
+    expected, actual = snapshot(model, usual), snapshot(twin, optimizer)
+    for (key, value), found in zip(expected.items(), actual.values(), strict=True):
+        assert error(found, value) < 1e-12, key
+
+
+def test_the_hooks_cost_evaluation_no_graph_break():
+    torch._dynamo.reset()
+    model = Straight()
+    optimizer = KFQN(model)
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+    x = torch.randn(6, 2, 5, 5)
+    with torch.no_grad():
+        assert torch.equal(whole(x), model(x))
+    model.eval()
+    assert torch.equal(whole(x), model(x))
+    model.train()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"Capture\._observe"):
+        whole(x)
+    optimizer.remove_hooks()
+
+
+def test_hooks_that_a_compiled_model_has_not_seen_are_missed_before_the_first_step():
+    torch._dynamo.reset()
+    model, x = Straight(), torch.randn(6, 2, 5, 5)
+    compiled = torch.compile(model, backend="eager")
+    compiled(x).sum().backward()
+    optimizer = KFQN(compiled)
+    for _ in range(2):
+        compiled(x).sum().backward()
+        with pytest.raises(RuntimeError, match=r"must be compiled anew: torch\.compiler\.reset\(\)"):
+            optimizer.step()
+    torch.compiler.reset()
+    compiled(x).sum().backward()
+    optimizer.step()

@@ -84,8 +84,8 @@ BREAKS = [
     Break(
         "gradients summed over locations, pre-activations averaged",
         "kfqn_core/capture.py",
-        "return _total([_known(use.g_sum) for use in self._uses()]) / self.T",
-        "return _total([_known(use.g_sum) for use in self._uses()])",
+        "_total([_known(use.g_sum) for use in self._uses()]) / self.T",
+        "_total([_known(use.g_sum) for use in self._uses()])",
         (f"{CNN_PARITY}[KFQN_2022-grouped]",),
     ),
     Break(
@@ -94,6 +94,13 @@ BREAKS = [
         "if capture is None or module is not self.module() or not capture._fires(module):",
         "if capture is None or not capture._fires(module):",
         (NO_TRACE,),
+    ),
+    Break(
+        "stale hooks: a pickled model and its optimizer come back without a link between them",
+        "kfqn_core/capture.py",
+        "hook.capture, hook.module = weakref.ref(self), weakref.ref(module)",
+        "pass",
+        ("tests/test_capture.py::test_model_and_optimizer_copied_together_go_on_bitwise[default-pickle-3]",),
     ),
     Break(
         "hooks fire in evaluation",

@@ -220,6 +220,22 @@ def test_second_pass_needs_no_weight_gradients():
     assert not any(requires_grad[1])
 
 
+def test_second_pass_leaves_gradients_that_a_closure_fills_with_zeros():
+    x, y = batches()[0]
+    model, twin = tanh_network(), tanh_network()
+    optimizer = KFQN(model, lr=0.1, **presets.KBFGS_2020)
+
+    def closure():
+        optimizer.zero_grad(set_to_none=False)
+        loss = square_loss(model(x), y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    square_loss(twin(x), y).backward()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
 def test_refresh_evaluates_again_only_on_refresh_steps():
     data = batches()
     model = tanh_network()
@@ -242,6 +258,9 @@ def test_evaluation_and_copies_leave_no_trace():
     with torch.no_grad():
         model(x)
     copy.deepcopy(model)(x).sum().backward()
+    replica = copy.copy(model)  # shares the hooks, as the replicas of nn.DataParallel do
+    replica._modules = {name: copy.copy(module) for name, module in model.named_children()}
+    replica(x).sum().backward()
     model(x)  # a training forward that backward never reaches
     assert not optimizer._capture.take()
     square_loss(model(x), y).backward()
