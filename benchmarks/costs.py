@@ -30,7 +30,8 @@ def described_bytes(task: Task, name: str) -> int | None:
 
 def step_cost_table(arguments: argparse.Namespace) -> int:
     """Print the table. Nothing is stored: it is the state of the code, not a result."""
-    rows = [HEADER]
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread")
+    _print(HEADER)
     for key in arguments.problems:
         task = TASKS[key]
         layers = shapes(task.problem.model(seed=0), task.problem.x_train[: task.problem.batch_size])
@@ -43,19 +44,21 @@ def step_cost_table(arguments: argparse.Namespace) -> int:
                 step, optimizer = stepper(task, name)
                 counted = count(step, method.period).flops / sgd
             except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-                rows.append((key, name, f"fails: {type(error).__name__}: {str(error)[:60]}", *[""] * 7))
+                _print((key, name, f"fails: {type(error).__name__}: {error}"))
                 continue
             least = floor_ratio(name, method.settings, layers)
             promised = described_bytes(task, name)
-            rows.append((
+            _print((
                 key, name, f"{cost.to_sgd.value:.2f}", f"{cost.to_sgd.low:.2f} to {cost.to_sgd.high:.2f}",
                 "-" if least is None else f"{least:.2f}", f"{counted:.2f}",
                 "-" if least is None else f"{cost.to_sgd.value / least:.2f}", f"{cost.to_adam.value:.2f}",
                 f"{cost.bytes_to_adam:.2f}",
                 "-" if promised is None else "yes" if promised == state_bytes(optimizer) else f"no: {promised} B",
             ))  # fmt: skip
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread")
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     return 0
+
+
+def _print(cells: tuple[str, ...]) -> None:
+    """One line, as soon as it is known."""
+    widths = (7, 18, 10, 13, 5, 7, 12, 11, 12, 12)
+    print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=False)).rstrip(), flush=True)

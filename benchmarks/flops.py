@@ -3,7 +3,8 @@
 A product of matrices `[m, k] [k, n]` counts 2 m k n; what is done once per entry (activations, sums, norms, Adam)
 counts nothing, so that every method is held against the same floor: the forward and backward pass. With m samples, T
 locations, `d_i` inputs (the bias counts) and `d_o` outputs, a layer's forward pass, its weight gradient and its input
-gradient cost 2 m T d_i d_o each; the first layer needs no input gradient.
+gradient cost 2 m T d_i d_o each; the first layer needs no input gradient. A floor in operations is one in time only
+where all products run in one precision: Muon's are in bfloat16, which some processors multiply much faster than float32.
 """
 
 from __future__ import annotations

@@ -1,0 +1,193 @@
+"""Budgets, schedule, resumption and the records that a benchmark leaves."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import protocol
+from benchmarks.methods import METHODS, MuonAndAdam, state_bytes
+from benchmarks.problems import TASKS, Task
+from benchmarks.protocol import Contest, best_rate, budget_steps, measures, run, score
+from benchmarks.records import Results, rounded
+from benchmarks.tables import HERO, summary
+from kfqn_core.lab.problems import Problem
+from kfqn_core.lab.training import cosine
+
+ADAM = METHODS["adam"]
+
+
+def small():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(24, 5, generator=generator)
+    y = (x[:, 0] > 0).long()
+    return Problem("small", lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)), x[:16], y[:16], x[16:],
+                   y[16:], nn.functional.cross_entropy, batch_size=8)  # fmt: skip
+
+
+TASK = Task("P2", small, 10, "categorical")
+
+
+@pytest.mark.parametrize(
+    ("ratio", "budget", "horizon", "steps"),
+    [
+        (1.0, "wall", 1, 200),
+        (2.5, "wall", 1, 80),
+        (0.96, "wall", 1, 208),
+        (3.0, "wall", 10, 667),
+        (2.5, "steps", 10, 2000),
+    ],
+)
+def test_budget(ratio, budget, horizon, steps):
+    assert budget_steps(200, horizon, ratio, budget) == steps
+
+
+def test_every_method_gets_a_step():
+    assert budget_steps(10, 1, 1000.0, "wall") == 1
+    with pytest.raises(ValueError, match="minutes"):
+        budget_steps(10, 1, 1.0, "minutes")
+
+
+def test_every_method_follows_the_same_schedule(monkeypatch):
+    seen = {}
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure):
+            seen.setdefault(self.kind, []).append([group["lr"] for group in self.param_groups])
+            return super().step(closure)
+
+    for kind, lr in (("one", 1.0), ("other", 0.1)):
+
+        def build(model, lr, task, kind=kind):
+            optimizer = Watched(model.parameters(), lr=lr)
+            optimizer.kind = kind
+            return optimizer
+
+        monkeypatch.setattr(type(ADAM), "build", lambda self, model, lr, task, build=build: build(model, lr, task))
+        run(TASK, ADAM, lr, 0, 10)
+    factors = [cosine(step / 11) for step in range(1, 11)]
+    assert [lr for [lr] in seen["one"]] == pytest.approx(factors)
+    assert [lr for [lr] in seen["other"]] == pytest.approx([0.1 * factor for factor in factors])
+
+
+def test_validation_and_test_are_the_two_halves_of_the_test_set():
+    problem, model = small(), small().model(0)
+    columns = measures(problem)(model)
+    halves = {"validation": slice(0, None, 2), "test": slice(1, None, 2)}
+    for name, part in halves.items():
+        z, y = model(problem.x_test[part]), problem.y_test[part]
+        assert columns[f"{name} loss"] == pytest.approx(nn.functional.cross_entropy(z, y).item())
+        assert columns[f"{name} accuracy"] == (z.argmax(1) == y).double().mean().item()
+    assert model.training
+
+
+def contest(results, seeds=2, budgets=("wall", "steps")):
+    return Contest(TASK, METHODS["kfqn"], results, 1, seeds, budgets, ratio=2.0)
+
+
+def test_an_interrupted_contest_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(protocol, "run", lambda *args: ran.append(args[2:]) or run(*args))
+    first = contest(Results("P2", tmp_path)).play()
+    for _ in range(5):
+        next(first)
+    # The process dies while it writes a line.
+    with (tmp_path / "P2.jsonl").open("a") as file:
+        file.write('{"kind": "run", "pro')
+    list(contest(Results("P2", tmp_path)).play())
+    assert len(ran) == len(set(ran)), "a run that was stored has been repeated"
+    lines = [json.loads(line) for line in (tmp_path / "P2.jsonl").read_text().splitlines()]
+    assert sum(line["kind"] == "run" for line in lines) == len(ran)
+    before = len(ran)
+    list(contest(Results("P2", tmp_path)).play())
+    assert len(ran) == before
+
+
+def test_a_contest_is_four_rates_on_seed_0_and_the_rates_that_count_on_fresh_seeds(tmp_path):
+    results = Results("P2", tmp_path)
+    list(contest(results).play())
+    runs = results.find("run")
+    tuned = best_rate(TASK, METHODS["kfqn"], results, 5)
+    assert [r["lr"] for r in runs if r["seed"] == 0] == list(METHODS["kfqn"].grid(TASK))
+    assert {(r["lr"], r["seed"], r["steps"]) for r in runs if r["seed"]} == {
+        (lr, seed, steps) for lr in (tuned, 0.03) for seed in (1, 2) for steps in (5, 10)
+    }
+
+
+def test_records_have_what_a_report_needs(tmp_path):
+    results = Results("P2", tmp_path)
+    results.add("step cost", METHODS["kfqn"], to_adam={"value": 2.0, "low": 1.9, "high": 2.1}, bytes_to_adam=1.1)
+    list(contest(results).play())
+    environment = Results("P2", tmp_path).find("environment")[0]
+    assert environment.keys() == {"kind", "id", "python", "system", "packages", "processor", "cores", "threads",
+                                  "device", "commit"}  # fmt: skip
+    for record in Results("P2", tmp_path).find("run"):
+        expected = {"kind", "problem", "method", "settings", "lr", "seed", "steps", "seconds", "train loss", "best",
+                    "date", "validation loss", "test loss", "validation accuracy", "test accuracy", "environment"}  # fmt: skip
+        assert record.keys() == expected | ({"curve"} if record["seed"] else set())
+        assert record["environment"] == environment["id"]
+
+
+def test_summary_holds_tuned_and_untuned_rows_at_both_budgets(tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS, "P2", TASK)
+    results = Results("P2", tmp_path)
+    results.add("step cost", METHODS["kfqn"], to_adam={"value": 2.0, "low": 1.9, "high": 2.1}, bytes_to_adam=1.1)
+    list(contest(results).play())
+    frame = summary(["P2"], ["kfqn", "adam"], tmp_path)
+    assert sorted(zip(frame["contestant"], frame["budget"], frame["steps"], strict=True)) == sorted(
+        (label, budget, steps) for label in (HERO, "KFQN, tuned") for budget, steps in (("wall", 5), ("steps", 10))
+    )
+    expected = [score(record) for record in results.find("run", lr=0.03, steps=5) if record["seed"]]
+    row = frame[(frame["contestant"] == HERO) & (frame["budget"] == "wall")].iloc[0]
+    assert row["train loss"] == pytest.approx(sum(expected) / 2)
+
+
+def test_changed_settings_are_another_method(tmp_path):
+    results = Results("P2", tmp_path)
+    results.add("run", METHODS["kfqn-5"], lr=0.1, seed=0, steps=5)
+    assert results.of("run", METHODS["kfqn-5"])
+    assert not results.find("run", method="kfqn-5", settings={"refresh": 4})
+    results.forget(METHODS["kfqn-5"])
+    assert not Results("P2", tmp_path).find("run")
+
+
+def test_a_diverging_run_and_a_crashing_method_are_recorded():
+    diverged = run(TASK, METHODS["sgd"], 1e38, 0, 10)
+    assert diverged["train loss"] is None
+    assert "smaller learning rate" in diverged["stopped"]
+    assert score(diverged) == math.inf
+    crashed = run(TASK, METHODS["adam"], -1.0, 0, 10)
+    assert crashed["failed"].startswith("ValueError")
+
+
+def test_rounding_keeps_five_digits_and_json():
+    assert rounded({"a": [1.23456789, 3, "x"], "b": float("inf")}) == {"a": [1.2346, 3, "x"], "b": None}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_lowers_a_loss(name):
+    outcome = run(TASK, METHODS[name], METHODS[name].grid(TASK)[2], 0, 20)
+    assert "failed" not in outcome
+    assert outcome["train loss"] < outcome.get("curve")["train loss"][0]
+
+
+def test_muon_moves_a_convolution_in_place():
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 2))
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = MuonAndAdam(model, 0.1, weight_decay=0.0)
+    x = torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss
+
+    first = closure()
+    optimizer.step(closure)
+    assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    assert closure() < first
+    # One momentum for each weight, two moments and a counter for each bias.
+    assert state_bytes(optimizer) == 4 * (54 + 24) + 4 * 2 * (3 + 2) + 2 * 4

@@ -1,0 +1,62 @@
+"""Intervals and tests against numbers worked out by hand."""
+
+import math
+
+import numpy as np
+import pytest
+
+from benchmarks.check import expected_order
+from benchmarks.statistics import mean_interval, paired_p
+from benchmarks.timing import Ratio, paired_ratios
+
+
+def test_interval_holds_the_mean_and_stays_within_the_data():
+    mean, low, high = mean_interval([1.0, 2.0, 3.0, 4.0, 10.0])
+    assert mean == 4.0
+    assert 1.0 <= low < mean < high <= 10.0
+    assert mean_interval([1.0, 2.0, 3.0, 4.0, 10.0]) == (mean, low, high)  # seeded
+
+
+def test_interval_of_two_values_is_their_range():
+    # A resample of {0, 1} has mean 0, 1/2 or 1 with probabilities 1/4, 1/2, 1/4: both tails exceed 2.5 %.
+    assert mean_interval([0.0, 1.0]) == (0.5, 0.0, 1.0)
+
+
+def test_a_diverged_seed_makes_the_mean_infinite():
+    assert mean_interval([1.0, math.inf])[0] == math.inf
+
+
+def test_paired_p_by_hand():
+    # Differences of logarithms 1, 2, 3: mean 2, deviation 1, t = 2 sqrt(3) with two degrees of freedom. The two-sided p
+    # of Student's t with two degrees of freedom is 1 - t / sqrt(t^2 + 2).
+    t = 2 * math.sqrt(3)
+    p = paired_p(np.exp([1.0, 2.0, 3.0]), [1.0, 1.0, 1.0])
+    assert p == pytest.approx(1 - t / math.sqrt(t**2 + 2))
+
+
+@pytest.mark.parametrize("values", [[1.0], [1.0, math.inf], [0.0, 1.0], [2.0, 2.0]])
+def test_paired_p_refuses_what_says_nothing(values):
+    assert paired_p(values, [1.0] * len(values)) is None
+
+
+def test_ratio_interval_of_fifteen_turns_runs_from_the_fourth_to_the_twelfth():
+    # P(4 <= number of turns above the true median <= 11) = 0.965 for a binomial(15, 1/2).
+    ratio = Ratio.of(np.arange(1.0, 16.0))
+    assert (ratio.value, ratio.low, ratio.high) == (8.0, 4.0, 12.0)
+
+
+def test_steps_take_turns_and_the_first_round_does_not_count():
+    calls = []
+    seconds = paired_ratios(
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, {"a": 2, "b": 1}, turns=2, label="test"
+    )
+    assert "".join(calls) == "baa" + "aab" + "baa"
+    assert all(len(values) == 2 for values in seconds.values())
+
+
+def test_only_separate_intervals_have_an_order():
+    import pandas as pd
+
+    frame = pd.DataFrame({"contestant": ["a", "b", "c"], "train loss": [1.0, 2.0, 4.0], "train low": [0.9, 1.4, 3.0],
+                          "train high": [1.5, 2.5, 5.0]})  # fmt: skip
+    assert expected_order(frame) == [("a", "c"), ("b", "c")]
