@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfqn_core.distributed import Ranks
 from kfqn_core.layers import LayerView
 
 
@@ -43,10 +44,12 @@ class Record:
 
     Several uses in one pass (shared weights) are further locations of the same samples; several passes (accumulated
     micro-batches) are further samples, each pass's loss being scaled so that the gradients add up to that of the mean.
+    All means are means over `ranks` too.
     """
 
     view: LayerView
     passes: list[list[Use]] = field(default_factory=list)
+    ranks: Ranks = field(default_factory=Ranks)
 
     @property
     def samples(self) -> int:
@@ -54,7 +57,7 @@ class Record:
 
     @property
     def T(self) -> float:
-        """Locations per sample (a mean, where passes differ)."""
+        """Locations per sample on this rank (a mean, where passes differ)."""
         return sum(use.samples * use.T for use in self._uses()) / self.samples
 
     def mean_input(self) -> Tensor:
@@ -70,22 +73,26 @@ class Record:
 
         The loss is a mean over samples, so that summing its gradient over them gives the mean per-sample gradient.
         """
-        return _total([_known(use.g_sum) for use in self._uses()]) / self.T
+        return self.ranks.mean(_total([_known(use.g_sum) for use in self._uses()]) / self.T)
 
     def second_moment(self) -> Tensor:
         """A: mean over samples of the sum over locations of `a a^T`, `[groups, d_in, d_in]`."""
-        return _total([use.samples / self.samples * self.view.second_moment(use.x) for use in self._uses()])
+        return self._mean_of_sums([self.view.second_moment(use.x) for use in self._uses()])
 
     def activation_action(self, v: Tensor) -> Tensor:
         """`A v` for `v` `[groups, d_in]`, without forming `A`."""
-        return _total([use.samples / self.samples * self.view.activation_action(use.x, v) for use in self._uses()])
+        return self._mean_of_sums([self.view.activation_action(use.x, v) for use in self._uses()])
 
     def _uses(self) -> list[Use]:
         return [use for uses in self.passes for use in uses]
 
     def _mean(self, values: list[Tensor]) -> Tensor:
         weights = [use.samples * use.T / (self.samples * self.T) for use in self._uses()]
-        return _total([weight * value for weight, value in zip(weights, values, strict=True)])
+        return self.ranks.mean(_total([weight * value for weight, value in zip(weights, values, strict=True)]))
+
+    def _mean_of_sums(self, values: list[Tensor]) -> Tensor:
+        weights = [use.samples / self.samples for use in self._uses()]
+        return self.ranks.mean(_total([weight * value for weight, value in zip(weights, values, strict=True)]))
 
 
 class Capture:
@@ -108,6 +115,7 @@ class Capture:
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, tuple[nn.Module, LayerView]], *, outputs: bool):
+        self.ranks = Ranks()
         self._views = {name: view for name, (_, view) in layers.items()}
         self._outputs = outputs
         self._always = False
@@ -151,15 +159,17 @@ class Capture:
     def take(self) -> dict[str, Record]:
         """The records since the last step; the inputs they refer to are released once the caller drops them."""
         records: dict[str, Record] = {}
+        ranks = Ranks() if self._always else self.ranks
         for finished in [self._pass] if self._always else self._finished:
             for name, uses in finished.uses.items():
-                records.setdefault(name, Record(self._views[name])).passes.append(uses)
+                record = records.setdefault(name, Record(self._views[name], ranks=ranks))
+                record.passes.append(uses)
         self.clear()
         return records
 
     @contextmanager
     def inputs_only(self) -> Iterator[None]:
-        """Record inputs whatever the mode of the model, with gradients off: the warm start."""
+        """Record inputs whatever the mode of the model, with gradients off, for means on this rank: the warm start."""
         outputs, self._outputs, self._always = self._outputs, False, True
         try:
             yield
@@ -181,6 +191,7 @@ class Capture:
     def _observe(self, name: str, x: Tensor, h: Tensor) -> Tensor:
         if torch._C._are_functorch_transforms_active():
             return h  # per-sample gradients, Hessians: tensors that end with the transform
+        self.ranks.notice()
         uses = self._pass.uses.setdefault(name, [])
         if uses and torch._C._current_graph_task_id() != -1:
             return h  # activation checkpointing runs the layer again during backward

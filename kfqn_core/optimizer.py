@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from kfqn_core.capture import Capture, Record
+from kfqn_core.distributed import refuse_shards
 from kfqn_core.second_pass import SecondPass, cuda_devices, restored
 from kfqn_core.update import Layer, curvature_layers
 
@@ -74,8 +75,11 @@ class KFQN(torch.optim.Optimizer):
     Copies and pickles: a model is copied without its optimizer, and its hooks then do nothing; `copy.deepcopy((model,
     optimizer))`, or a pickle of both, goes on as the originals do. Otherwise use `state_dict`.
 
-    Wrappers: `model` may be wrapped by `torch.compile`, before or after. A compiled model leaves its graph at every
-    curvature layer in training (so no `fullgraph=True`) and never in evaluation.
+    Wrappers: `model` may be wrapped by `torch.compile` or `DistributedDataParallel`, before or after. A compiled model
+    leaves its graph at every curvature layer in training (so no `fullgraph=True`) and never in evaluation. Under
+    `DistributedDataParallel` the statistics are averaged over ranks as gradients are: `O(d)` numbers per layer and
+    step, `d_in^2` where `A` is kept. Every rank takes the same steps through the same layers. Sharded parameters (FSDP)
+    are refused.
     """
 
     def __init__(
@@ -102,6 +106,7 @@ class KFQN(torch.optim.Optimizer):
             activation_decay=activation_decay, memory=memory, momentum=momentum, pair_momentum=pair_momentum, mu1=mu1,
             weight_decay=weight_decay, refresh=refresh, step_length=step_length,
         )  # fmt: skip
+        refuse_shards(model)
         modules, rest = curvature_layers(model)
         if not modules:
             raise ValueError(
@@ -173,7 +178,8 @@ class KFQN(torch.optim.Optimizer):
         samples, and `H_a = (A + lambda_A I)^-1`.
 
         Raises:
-            RuntimeError: after the first step, or if a layer was not used.
+            RuntimeError: after the first step, if a layer was not used, or in one of several processes if the model is
+                not wrapped by `DistributedDataParallel`: ranks must start from the same `A`.
             ValueError: if `batches` is empty.
         """
         if self._steps:
@@ -194,11 +200,12 @@ class KFQN(torch.optim.Optimizer):
                         sums[layer.name] += len(x) * records[layer.name].second_moment()
                     locations[layer.name] += len(x) * records[layer.name].T
                 samples += len(x)
+        self._capture.ranks.require_acquaintance()
         if samples == 0:
             raise ValueError("warm_start got no mini-batch; pass an iterable of inputs, e.g. (x for x, _ in loader)")
         for layer in self._layers:
-            layer.split_damping(locations[layer.name] / samples)
-            layer.activation.start(sums[layer.name] / samples)
+            layer.split_damping(self._locations(layer, locations[layer.name] / samples))
+            layer.activation.start(self._capture.ranks.mean(sums[layer.name] / samples))
         self._warm_started = True
 
     @torch.no_grad()
@@ -222,7 +229,7 @@ class KFQN(torch.optim.Optimizer):
                 loss = closure()
         layers = [layer for layer in self._layers if layer.weight.grad is not None]
         records = self._records(layers)
-        finite = self._all_finite(loss)
+        finite = self._capture.ranks.all(self._all_finite(loss))
         self._skipped += ~finite
 
         with self._no_autocast():
@@ -231,7 +238,7 @@ class KFQN(torch.optim.Optimizer):
                 self._move(layer, finite)
             self._move_rest(finite)
         if again is not None and closure is not None:
-            with self._capture.frozen_parameters():
+            with self._capture.frozen_parameters(), self._capture.ranks.apart():
                 again.evaluate(closure)
             after = self._records(layers)
             with self._no_autocast():
@@ -296,6 +303,12 @@ class KFQN(torch.optim.Optimizer):
         """Curvature needs its digits, also where a user's whole training step stands under autocast."""
         return torch.autocast(self._skipped.device.type, enabled=False)
 
+    def _locations(self, layer: Layer, T: float) -> float:
+        """T, which ranks must agree on where the damping depends on it: their images may differ in size."""
+        if layer.damping_split == "even":
+            return T
+        return self._capture.ranks.mean_number(T, layer.M.device)
+
     def _params(self) -> list[nn.Parameter]:
         return [p for group in self.param_groups for p in group["params"]]
 
@@ -318,7 +331,7 @@ class KFQN(torch.optim.Optimizer):
 
     def _observe_inputs(self, layer: Layer, record: Record, finite: Tensor) -> None:
         """The running `A`; at the first step without a warm start also `H_a`. A warm-started `A` sits that step out."""
-        layer.split_damping(record.T)
+        layer.split_damping(self._locations(layer, record.T))
         if not layer.activation.started:
             layer.activation.start(record.second_moment())
         elif layer.activation.A is not None and not (self._warm_started and self._steps == 0):

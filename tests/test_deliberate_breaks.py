@@ -17,6 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PARITY = "tests/test_optimizer.py::test_kbfgs_is_the_2020_method"
 CNN_PARITY = "tests/test_optimizer_cnn.py::test_convolutional_presets_are_the_reconstructed_method"
+RANKS = "tests/test_ddp.py::test_two_ranks_with_half_batches_are_one_with_the_whole"
 NO_TRACE = "tests/test_optimizer.py::test_evaluation_and_copies_leave_no_trace"
 
 
@@ -101,6 +102,13 @@ BREAKS = [
         "hook.capture, hook.module = weakref.ref(self), weakref.ref(module)",
         "pass",
         ("tests/test_capture.py::test_model_and_optimizer_copied_together_go_on_bitwise[default-pickle-3]",),
+    ),
+    Break(
+        "every rank keeps its own curvature",
+        "kfqn_core/distributed.py",
+        "return total / self._wrapper.process_group.size()",
+        "return value",
+        (f"{RANKS}[vectors-default]", f"{RANKS}[images-KFQN_2022]"),
     ),
     Break(
         "hooks fire in evaluation",
