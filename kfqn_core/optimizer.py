@@ -200,9 +200,9 @@ class KFQN(torch.optim.Optimizer):
                         sums[layer.name] += len(x) * records[layer.name].second_moment()
                     locations[layer.name] += len(x) * records[layer.name].T
                 samples += len(x)
-        self._capture.ranks.require_acquaintance()
         if samples == 0:
             raise ValueError("warm_start got no mini-batch; pass an iterable of inputs, e.g. (x for x, _ in loader)")
+        self._capture.ranks.require_acquaintance()
         for layer in self._layers:
             layer.split_damping(self._locations(layer, locations[layer.name] / samples))
             layer.activation.start(self._capture.ranks.mean(sums[layer.name] / samples))
@@ -305,7 +305,7 @@ class KFQN(torch.optim.Optimizer):
 
     def _locations(self, layer: Layer, T: float) -> float:
         """T, which ranks must agree on where the damping depends on it: their images may differ in size."""
-        if layer.damping_split == "even":
+        if layer.gradient is None or layer.damping_split == "even":
             return T
         return self._capture.ranks.mean_number(T, layer.M.device)
 
