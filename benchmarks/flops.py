@@ -4,22 +4,27 @@ A product of matrices `[m, k] [k, n]` counts 2 m k n; what is done once per entr
 counts nothing, so that every method is held against the same floor: the forward and backward pass. With m samples, T
 locations, `d_i` inputs (the bias counts) and `d_o` outputs, a layer's forward pass, its weight gradient and its input
 gradient cost 2 m T d_i d_o each; the first layer needs no input gradient. A floor in operations is one in time only
-where all products run in one precision: Muon's are in bfloat16, which some processors multiply much faster than float32.
+where all products run in one precision: Muon's are in bfloat16, which some processors multiply much faster.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import nn
 
+from kfqn_core import KFQN
 from kfqn_core.layers import LayerView
 from kfqn_core.update import curvature_layers
 
 __all__ = ["Shape", "floor", "floor_ratio", "forward_backward", "shapes"]
+
+
+DEFAULTS = {name: p.default for name, p in signature(KFQN).parameters.items() if p.default is not p.empty}
 
 
 @dataclass(frozen=True)
@@ -91,25 +96,37 @@ def _orthogonalise(layer: Shape) -> int:
     return 5 * (2 * k * k * n + 2 * k**3 + 2 * k * k * n)
 
 
-def _quasi_newton(layer: Shape, options: Mapping[str, Any]) -> float:
+def _quasi_newton(layer: Shape, settings: Mapping[str, Any]) -> float:
     """What KFQN adds on a layer, in a step, on average."""
-    refresh = options.get("refresh", 1)
+    options = {**DEFAULTS, **settings}
+    refresh, rank = options["refresh"], options.get("rank", 0)
     d_i, d_o, groups = layer.d_in, layer.d_out, layer.groups
     samples = layer.m * layer.T
-    direction = 2 * d_o * d_i**2  # M H_a
-    if options.get("activation_decay") is None:
-        always, action = 0, 4 * samples * d_i  # A s = mean of a (a . s): two products with the input
+    always = 0
+    if _is_low_rank(layer, options):
+        direction = 4 * d_o * d_i * rank  # (M B) B^T
+        update = 4 * samples * d_i * rank + 8 * d_i * rank**2  # the action on `rank` vectors, and four small products
     else:
-        always, action = 2 * samples * d_i**2, 2 * d_i**2  # A itself enters its running average at every step
-    update = action + 2 * d_i**2 + 2 * d_i**2 + 4 * d_i**2  # H abar, H y, and a rank-2 correction
-    if options.get("pairs") is not None:
-        memory = options.get("memory")
+        direction = 2 * d_o * d_i**2  # M H_a
+        action = 4 * samples * d_i  # A s = mean of a (a . s): two products with the input
+        if options["activation_decay"] is not None:
+            always, action = 2 * samples * d_i**2, 2 * d_i**2  # A itself enters its running average at every step
+        update = action + 2 * d_i**2 + 2 * d_i**2 + 4 * d_i**2  # H abar, H y, and a rank-2 correction
+    if options["pairs"] is not None:
+        memory = options["memory"]
         # A limited memory of p pairs is two products with [S; Y] on either side, and never more pairs than useful.
         apply = 2 * d_o**2 if memory is None else 8 * memory * d_o
         direction += apply * d_i
         update += apply + (4 * d_o**2 + 2 * d_o**2 if memory is None else 4 * memory**2 + 8 * memory * d_o)
     again = 0.0
-    if options.get("pairs") == "second_pass":
+    if options["pairs"] == "second_pass":
         # Forward, and backward to the pre-activations: no weight gradients.
         again = (1 if layer.first else 2) * layer.product
     return groups * (direction + always + update / refresh) + again / refresh
+
+
+def _is_low_rank(layer: Shape, options: Mapping[str, Any]) -> bool:
+    """Where KFQN keeps `rank` directions in place of a matrix (`activation_factor` in its documentation)."""
+    factor = options.get("activation_factor", "action")
+    smaller = 2 * options.get("rank", 0) < layer.d_in
+    return smaller and (factor == "low_rank" or (factor == "auto" and layer.d_in > layer.d_out))

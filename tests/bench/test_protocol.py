@@ -124,8 +124,9 @@ def test_records_have_what_a_report_needs(tmp_path):
     assert environment.keys() == {"kind", "id", "python", "system", "packages", "processor", "cores", "threads",
                                   "device", "commit"}  # fmt: skip
     for record in Results("P2", tmp_path).find("run"):
-        expected = {"kind", "problem", "method", "settings", "lr", "seed", "steps", "seconds", "train loss", "best",
-                    "date", "validation loss", "test loss", "validation accuracy", "test accuracy", "environment"}  # fmt: skip
+        expected = {"kind", "problem", "method", "settings", "lr", "seed", "steps", "seconds", "train loss",
+                    "best", "date", "validation loss", "test loss", "validation accuracy", "test accuracy",
+                    "environment"}  # fmt: skip
         assert record.keys() == expected | ({"curve"} if record["seed"] else set())
         assert record["environment"] == environment["id"]
 
