@@ -16,6 +16,7 @@ from pytorch_optimizer import SOAP, Kron, ScalableShampoo
 from pytorch_optimizer.optimizer.utils.graft import LayerWiseGrafting
 from torch import Tensor, nn
 
+from benchmarks.flops import DEFAULTS
 from benchmarks.kfac import KFAC
 from benchmarks.problems import Task
 from kfqn_core import KFQN, presets
@@ -56,9 +57,13 @@ class Method:
         return self.constructor(model, lr, **self.settings)
 
     def described(self) -> dict[str, Any]:
-        """What is recorded of a method: readable, and equal for equal methods."""
+        """What is recorded of a method: readable, and equal for equal methods.
+
+        Of KFQN all options, so that results of an earlier default are not taken for those of the present one.
+        """
+        settings = {**DEFAULTS, **self.settings} if self.constructor is KFQN else self.settings
         return {key: value if isinstance(value, int | float | str | None) else str(value)
-                for key, value in sorted(self.settings.items())}  # fmt: skip
+                for key, value in sorted(settings.items()) if key != "lr"}  # fmt: skip
 
 
 def from_parameters(optimizer: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
