@@ -32,7 +32,7 @@ class Ranks:
 
     def notice(self) -> None:
         """To be called inside a forward: remember the wrapper that runs it, if one does."""
-        wrapper = DistributedDataParallel._get_active_ddp_module()
+        wrapper = DistributedDataParallel._get_active_ddp_module()  # kept for torch.compile, which needs it too
         if wrapper is not None:
             self._wrapper = wrapper
 
@@ -58,10 +58,6 @@ class Ranks:
         total = value.clone(memory_format=torch.contiguous_format)
         torch.distributed.all_reduce(total, group=self._wrapper.process_group)
         return total / self._wrapper.process_group.size()
-
-    def mean_number(self, value: float, device: torch.device) -> float:
-        """The same for a number of Python, by way of `device`; it waits for the other ranks."""
-        return value if self.alone else float(self.mean(torch.tensor(value, dtype=torch.float64, device=device)))
 
     def all(self, flag: Tensor) -> Tensor:
         """Whether the boolean scalar `flag` holds on every rank."""

@@ -67,6 +67,7 @@ class KFQN(torch.optim.Optimizer):
 
     Raises:
         ValueError: for an option out of range, or a model without a supported layer.
+        TypeError: for a model whose parameters are sharded (FSDP).
 
     `loss` must be a mean over samples (axis 0), since mean per-sample gradients are recovered from it; where
     micro-batches are accumulated, scale each loss so that the gradients add up to that of the mean. A step whose loss
@@ -78,8 +79,7 @@ class KFQN(torch.optim.Optimizer):
     Wrappers: `model` may be wrapped by `torch.compile` or `DistributedDataParallel`, before or after. A compiled model
     leaves its graph at every curvature layer in training (so no `fullgraph=True`) and never in evaluation. Under
     `DistributedDataParallel` the statistics are averaged over ranks as gradients are: `O(d)` numbers per layer and
-    step, `d_in^2` where `A` is kept. Every rank takes the same steps through the same layers. Sharded parameters (FSDP)
-    are refused.
+    step, `d_in^2` where `A` is kept. Every rank takes the same steps through the same layers.
     """
 
     def __init__(
@@ -305,9 +305,10 @@ class KFQN(torch.optim.Optimizer):
 
     def _locations(self, layer: Layer, T: float) -> float:
         """T, which ranks must agree on where the damping depends on it: their images may differ in size."""
-        if layer.gradient is None or layer.damping_split == "even":
+        ranks = self._capture.ranks
+        if layer.gradient is None or layer.damping_split == "even" or ranks.alone:
             return T
-        return self._capture.ranks.mean_number(T, layer.M.device)
+        return float(ranks.mean(torch.tensor(T, dtype=torch.float64, device=layer.M.device)))  # waits for the device
 
     def _params(self) -> list[nn.Parameter]:
         return [p for group in self.param_groups for p in group["params"]]
