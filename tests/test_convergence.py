@@ -58,3 +58,20 @@ def test_what_the_theorem_does_not_cover_is_refused():
             gradient_bound([0.1], **{**constants, **change})
     with pytest.raises(ValueError, match="L must be positive"):
         permitted_step(float("inf"), 1.0)
+
+
+@recorded
+@given(sizes, st.floats(0.0, 10.0), fractions, seeds)
+def test_bound_in_the_metric_of_the_estimate(achieved, n, noise, fraction, seed):
+    """One step where the Hessian B is at most ell H^-1: `permitted_step(ell, 1)` serves, however large L |H| is."""
+    H, theta, _ = instance(n, seed)
+    B, _, _ = instance(n, seed + 1)
+    ell = torch.linalg.eigvals(H @ B).real.max().item()
+    alpha = fraction * permitted_step(ell, 1.0)
+    assert permitted_step(eigenrange(B)[1], eigenrange(H)[1]) <= permitted_step(ell, 1.0) * (1 + 1e-9)
+    covariance = noise * instance(n, seed + 2)[0]
+    after = theta - alpha * H @ B @ theta
+    expected = (after @ B @ after + alpha**2 * (B @ H @ covariance @ H).trace()) / 2
+    slope = theta @ B @ H @ B @ theta
+    growth = ell * eigenrange(H)[1] * covariance.trace() * alpha**2 / 2
+    achieved("one step", expected + alpha / 2 * slope, theta @ B @ theta / 2 + growth)
