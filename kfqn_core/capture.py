@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -60,6 +60,13 @@ class Record:
         """Locations per sample on this rank (a mean, where passes differ)."""
         return sum(use.samples * use.T for use in self._uses()) / self.samples
 
+    def thinned(self, rows: int) -> Record:
+        """The record of every k-th sample, with the smallest k that leaves about `rows` input vectors."""
+        every = max(1, round(self.samples * self.T / rows))
+        if every == 1:
+            return self
+        return replace(self, passes=[[Use(use.x[::every], use.T) for use in uses] for uses in self.passes])
+
     def mean_input(self) -> Tensor:
         """abar: mean of `a` over samples and locations, `[groups, d_in]`."""
         return self._mean([self.view.mean_input(use.x) for use in self._uses()])
@@ -77,21 +84,30 @@ class Record:
 
     def second_moment(self) -> Tensor:
         """A: mean over samples of the sum over locations of `a a^T`, `[groups, d_in, d_in]`."""
-        return self._mean_of_sums([self.view.second_moment(use.x) for use in self._uses()])
+        return self._sum_over_uses(self.view.second_moment)
 
     def activation_action(self, v: Tensor) -> Tensor:
-        """`A v` for `v` `[groups, d_in]`, without forming `A`."""
-        return self._mean_of_sums([self.view.activation_action(use.x, v) for use in self._uses()])
+        """`A v` for `v` `[groups, d_in]` or `[groups, d_in, k]`, without forming `A`."""
+        return self._sum_over_uses(lambda x: self.view.activation_action(x, v))
+
+    def diagonal(self) -> Tensor:
+        """The diagonal of A, `[groups, d_in]`, without forming `A`."""
+        return self._sum_over_uses(self.view.diagonal)
 
     def _uses(self) -> list[Use]:
         return [use for uses in self.passes for use in uses]
 
-    def _mean(self, values: list[Tensor]) -> Tensor:
-        weights = [use.samples * use.T / (self.samples * self.T) for use in self._uses()]
-        return self.ranks.mean(_total([weight * value for weight, value in zip(weights, values, strict=True)]))
+    def _sum_over_uses(self, statistic: Callable[[Tensor], Tensor]) -> Tensor:
+        """A mean over samples of a sum over locations, from its value on the input of each use."""
+        uses = self._uses()
+        if len(uses) == 1:
+            return self.ranks.mean(statistic(uses[0].x))
+        return self.ranks.mean(_total([use.samples / self.samples * statistic(use.x) for use in uses]))
 
-    def _mean_of_sums(self, values: list[Tensor]) -> Tensor:
-        weights = [use.samples / self.samples for use in self._uses()]
+    def _mean(self, values: list[Tensor]) -> Tensor:
+        if len(values) == 1:
+            return self.ranks.mean(values[0])
+        weights = [use.samples * use.T / (self.samples * self.T) for use in self._uses()]
         return self.ranks.mean(_total([weight * value for weight, value in zip(weights, values, strict=True)]))
 
 

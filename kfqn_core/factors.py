@@ -13,7 +13,7 @@ from torch import Tensor
 from kfqn_core.capture import Record
 from kfqn_core.damping import double_damping, levenberg_marquardt, powell_on_inverse
 from kfqn_core.layers import LayerView
-from kfqn_core.secant import LimitedMemoryInverse, bfgs_inverse_update
+from kfqn_core.secant import LimitedMemoryInverse, bfgs_inverse_update_
 
 CURVATURE_TEST = 1e-4
 """A pair is used only if `s'y > 1e-4 ||s||^2 ||v||` (the authors' public code of 2020)."""
@@ -56,9 +56,7 @@ class DenseInverse:
 
     def append(self, s: Tensor, y: Tensor, keep: Tensor) -> None:
         """BFGS update with `(s, y)` `[*batch, n]` where `keep` `[*batch]` holds and the result is finite."""
-        H = bfgs_inverse_update(self.H, s, y)
-        keep = keep & torch.isfinite(H).all(-1).all(-1)
-        self.H.copy_(torch.where(keep[..., None, None], H, self.H))
+        bfgs_inverse_update_(self.H, s, y, keep)
 
     def apply(self, V: Tensor) -> Tensor:
         """`H V` for `V` `[*batch, n, k]`."""
@@ -117,10 +115,16 @@ class ActivationFactor:
         A = torch.where(torch.isfinite(A).all(), A, 0.0)
         if self.A is not None:
             self.A.copy_(A)
-        damped = A + self.damping * torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
-        # cholesky_ex does not check on the host; A + lambda I with lambda > 0 is positive definite.
-        H.copy_(torch.cholesky_inverse(torch.linalg.cholesky_ex(damped).L))
+        H.copy_(_inverse(A, self.damping))
         self.started = True
+
+    def precondition(self, M: Tensor) -> Tensor:
+        """`M H_a` for `M` `[groups, d_out, d_in]`."""
+        return M @ self.inverse.H
+
+    def start_from(self, record: Record) -> None:
+        """`start` from the first mini-batch."""
+        self.start(record.second_moment())
 
     def average(self, A: Tensor, finite: Tensor) -> None:
         """`A <- decay A + (1 - decay) A_batch` where `finite` holds."""
@@ -136,6 +140,28 @@ class ActivationFactor:
         action = record.activation_action(s) if self.A is None else (self.A @ s[..., None])[..., 0]
         y = action.to(H.dtype) + self.damping * s
         self.inverse.append(s, y, acceptable(s, y, a_mean) & finite)
+
+
+class ExactActivationFactor(ActivationFactor):
+    """`H_a` by inverting `A + lambda_A I` at every update: what the Hessian action approximates (chapter 6).
+
+    The `A` is the running average, or with `decay=None` that of the current mini-batch. For comparison: it has not been
+    found to train better.
+    """
+
+    def update(self, record: Record, finite: Tensor) -> None:
+        """Invert, where `finite` holds and the result is finite."""
+        H = self.inverse.H
+        A = record.second_moment().to(H.dtype) if self.A is None else self.A
+        inverse = _inverse(A, self.damping)
+        H.copy_(torch.where(finite & torch.isfinite(inverse).all(), inverse, H))
+
+
+def _inverse(A: Tensor, damping: float) -> Tensor:
+    """`(A + damping I)^-1`."""
+    damped = A + damping * torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    # cholesky_ex does not check on the host; A + lambda I with lambda > 0 is positive definite.
+    return torch.cholesky_inverse(torch.linalg.cholesky_ex(damped).L)
 
 
 class GradientFactor:
@@ -198,12 +224,16 @@ class GradientFactor:
         finite = finite & torch.isfinite(s).all() & torch.isfinite(y).all()
         self.s_mean.lerp_(torch.where(finite, s, self.s_mean), 1.0 - self.pair_momentum)
         self.y_mean.lerp_(torch.where(finite, y, self.y_mean), 1.0 - self.pair_momentum)
-        H_y = self.inverse.apply(self.y_mean[..., None])[..., 0]
-        s, y = self._damped(H_y)
+        # A curvature that the damping lambda_G would bury anyway is rounding error where batch norm makes all mean
+        # gradients zero. Powell's damping would turn s into the direction of that error: zero stands for it.
+        s, y = self.s_mean, self.y_mean
+        noise = torch.finfo(dtype).eps ** 0.5 * self.damping * s.norm(dim=-1, keepdim=True)
+        s, y = self._damped(s, torch.where(y.norm(dim=-1, keepdim=True) > noise, y, 0.0))
         self.inverse.append(s, y, acceptable(s, y, g_mean.to(dtype)) & finite)
 
-    def _damped(self, H_y: Tensor) -> tuple[Tensor, Tensor]:
+    def _damped(self, s: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        H_y = self.inverse.apply(y[..., None])[..., 0]
         if self.pair_damping == "double":
-            return double_damping(H_y, self.s_mean, self.y_mean, self.mu1, self.damping)
-        s, y = powell_on_inverse(H_y, self.s_mean, self.y_mean, self.mu1)
+            return double_damping(H_y, s, y, self.mu1, self.damping)
+        s, y = powell_on_inverse(H_y, s, y, self.mu1)
         return levenberg_marquardt(s, y, self.damping)

@@ -62,10 +62,18 @@ class LayerView(ABC):
 
     @abstractmethod
     def activation_action(self, x: Tensor, v: Tensor) -> Tensor:
-        """`A v` for `v` of shape `[groups, d_in]`: mean over samples of the sum over locations of `a (a . v)`.
+        """`A v`: mean over samples of the sum over locations of `a (a . v)`, shaped as `v` is.
 
-        Costs two products with the input and forms neither A nor the patches.
+        `v` is `[groups, d_in]`, or `[groups, d_in, k]` for k vectors at once. Costs two products with the input per
+        vector and forms neither A nor the patches.
         """
+
+    def diagonal(self, x: Tensor) -> Tensor:
+        """The diagonal of A, `[groups, d_in]`, without forming A: T times the mean of `a^2` (chapter 6).
+
+        Patches only copy entries of x (and zeros, and the 1 of the bias), so that squares may be taken first.
+        """
+        return self.locations(x) * self.mean_input(_at_least_float32(x).square())
 
     def second_moment(self, x: Tensor) -> Tensor:
         """A: mean over samples of the sum over locations of `a a^T`, `[groups, d_in, d_in]`.
@@ -120,9 +128,10 @@ class LayerView(ABC):
         return W[..., :-1].reshape(self.weight_shape), W[..., -1].reshape(-1)
 
     def _check_vectors(self, v: Tensor) -> None:
-        if tuple(v.shape) != (self.groups, self.d_in):
+        if v.dim() not in (2, 3) or tuple(v.shape[:2]) != (self.groups, self.d_in):
             raise ValueError(
-                f"v has shape {tuple(v.shape)}, but this layer needs [groups, d_in] = {(self.groups, self.d_in)}; "
+                f"v has shape {tuple(v.shape)}, but this layer needs [groups, d_in] = {(self.groups, self.d_in)}, with "
+                "one more dimension for several vectors; "
                 + ("the last entry belongs to the bias" if self.has_bias else "the layer has no bias coordinate")
             )
 
@@ -156,13 +165,15 @@ class LinearView(LayerView):
         a = _rows(x, self.weight_shape[1], "input")
         samples = a.shape[0]
         dtype = torch.promote_types(_at_least_float32(a).dtype, v.dtype)
-        rows, v = a.reshape(-1, a.shape[-1]).to(dtype), v[0].to(dtype)
-        if not self.has_bias:
-            return ((rows @ v) @ rows)[None] / samples
-        # The trailing 1 of every a, without a copy of the batch that carries it: it adds v's last entry to each a . v
-        # and collects their sum.
-        scores = rows @ v[:-1] + v[-1]
-        return torch.cat([scores @ rows, scores.sum()[None]])[None] / samples
+        rows, V = a.reshape(-1, a.shape[-1]).to(dtype), v.reshape(self.d_in, -1).to(dtype)
+        # The trailing 1 of every a, without a copy of the batch that carries it: it adds V's last row to each a . v and
+        # collects their sum.
+        if self.has_bias:
+            scores = torch.addmm(V[-1:], rows, V[:-1])
+            total = torch.cat([rows.mT @ scores, scores.sum(0, keepdim=True)])
+        else:
+            total = rows.mT @ (rows @ V)
+        return (total / samples).reshape(v.shape)
 
 
 class ConvView(LayerView):
@@ -218,35 +229,36 @@ class ConvView(LayerView):
         # Padding and patches are linear in x: the mean over samples comes first, and one sample is convolved.
         mean = _at_least_float32(x).mean(dim=0, keepdim=True)
         ones = mean.new_ones(1, self.groups, *self._grid(x))
-        total = self._weight_gradient(self._padded(mean), ones) / T
+        total = self._weight_gradient(self._padded(mean), ones)[..., 0] / T
         return pad(total, (0, 1), value=1.0) if self.has_bias else total
 
     def activation_action(self, x: Tensor, v: Tensor) -> Tensor:
         self._check_vectors(v)
         x = self._padded(x)
         dtype = torch.promote_types(_at_least_float32(x).dtype, v.dtype)
-        x, v = x.to(dtype), v.to(dtype)
-        filters, bias = (v[:, :-1], v[:, -1]) if self.has_bias else (v, None)
-        filters = filters.reshape(self.groups, -1, *self.kernel)
+        x, V = x.to(dtype), v.reshape(self.groups, self.d_in, -1).to(dtype)
+        filters, bias = (V[:, :-1], V[:, -1].flatten()) if self.has_bias else (V, None)
+        filters = filters.mT.reshape(-1, *self.weight_shape[1:])
         zeros = [0] * len(self.kernel)
         scores = torch.convolution(
             x, filters, bias, self.stride, zeros, self.dilation, False, zeros, self.groups
-        )  # [N, groups, *T], every a . v
+        )  # [N, groups * k, *T], every a . v
         total = self._weight_gradient(x, scores)
         if self.has_bias:
-            total = torch.cat([total, scores.flatten(2).sum(dim=(0, 2))[:, None]], dim=1)
-        return total / x.shape[0]
+            sums = scores.flatten(2).sum(dim=(0, 2)).reshape(self.groups, 1, -1)
+            total = torch.cat([total, sums], dim=1)
+        return (total / x.shape[0]).reshape(v.shape)
 
     def _weight_gradient(self, x: Tensor, scores: Tensor) -> Tensor:
-        """Sum over samples and locations of patch times score, `[groups, d_in without bias]`."""
+        """Sum over samples and locations of patch times score, `[groups, d_in without bias, k]`."""
         zeros = [0] * len(self.kernel)
         geometry = (self.stride, zeros, self.dilation, False, zeros, self.groups)
-        filters = x.new_empty(self.groups, *self.weight_shape[1:])
+        filters = x.new_empty(scores.shape[1], *self.weight_shape[1:])
         needed = [False, True, False]  # not the gradients of the input and of the bias
         _, gradient, _ = torch.ops.aten.convolution_backward(
             scores, x, filters, None, *geometry, needed
         )  # fmt: skip
-        return gradient.reshape(self.groups, -1)
+        return gradient.reshape(self.groups, scores.shape[1] // self.groups, -1).mT
 
     def _grid(self, x: Tensor) -> list[int]:
         """Locations along each axis; their product is T."""

@@ -23,9 +23,14 @@ from kfqn_core.update import Layer, curvature_layers
 PAIRS = (None, "next_batch", "second_pass")
 PAIR_DAMPINGS = ("double", "levenberg-marquardt")
 DAMPING_SPLITS = ("even", "locations")
-STEP_LENGTHS = ("raw", "normalised")
+ACTIVATION_FACTORS = ("auto", "action", "low_rank", "inverse")
+STEP_LENGTHS = ("raw", "normalised", "normalised_rows")
+ROW_FLOOR = (
+    1e-3  # of the mean length of rows: a row below it, of a unit that is hardly used, moves less than the others
+)
+INTERVAL_GROWTH, LONGEST_INTERVAL = 25, 5  # steps after which the interval between updates grows by one, and its end
 ADAM_BETAS, ADAM_EPS = (0.9, 0.99), 1e-8
-OWN = ("_layers", "_normalised", "_model", "_pairs", "_refresh", "_steps", "_warm_started", "_skipped", "_capture")
+OWN = ("_layers", "_step_length", "_model", "_pairs", "_refresh", "_steps", "_warm_started", "_skipped", "_capture")
 
 
 class KFQN(torch.optim.Optimizer):
@@ -53,6 +58,11 @@ class KFQN(torch.optim.Optimizer):
             `lambda_A = sqrt(lambda T)` and `lambda_G = sqrt(lambda / T)` for a layer with T locations (2022).
         pair_damping: how a pair is made safe: `"double"`, Powell on `H_g`, then on the identity (2020; needs
             `lambda_G < 1`), or `"levenberg-marquardt"`, Powell on `H_g`, then `y + lambda_G s` (2021).
+        activation_factor: how `H_a` is kept. `"action"`, a matrix, by Hessian action (the papers); `"low_rank"`, as a
+            diagonal and `rank` directions; `"auto"`, low rank where a layer has more inputs than outputs, a matrix
+            elsewhere, which is never more state than Adam's; `"inverse"`, a matrix inverted at every update, the
+            slow reference.
+        rank: directions of a low-rank `H_a`.
         activation_decay: weight of the past in the running average of `A`; `None` takes the action of `A` from the
             current mini-batch and keeps no `A`.
         memory: pairs kept by a limited-memory `H_g` (K-BFGS(L)); `None` keeps a dense `H_g`.
@@ -61,9 +71,11 @@ class KFQN(torch.optim.Optimizer):
         mu1: Powell's constant for `H_g`, in (0, 1).
         weight_decay: tau, added to the gradient as `tau [W | b]`, biases included.
         decoupled_weight_decay: multiply all parameters by `1 - lr tau` instead.
-        refresh: curvature is updated every `refresh` steps; only these steps pay for a second pass.
+        refresh: curvature is updated every `refresh` steps; only these steps pay for a second pass. `None` begins with
+            every step, where curvature changes fastest, and grows the interval to five steps (`refreshes`).
         step_length: `"raw"` moves layers by `lr D`, and other parameters by `lr` times their averaged gradient (the
-            papers); `"normalised"` moves layers by `lr 0.2 sqrt(numel D) / ||D||_F D`, and others by Adam, same lr.
+            papers); `"normalised"` moves layers by `lr 0.2 sqrt(numel D) / ||D||_F D`, and others by Adam, same lr;
+            `"normalised_rows"` does so for each row of D, that is for the weights of each output unit, alone.
 
     Raises:
         ValueError: for an option out of range, or a model without a supported layer.
@@ -91,6 +103,8 @@ class KFQN(torch.optim.Optimizer):
         damping: float = 0.03,
         damping_split: str = "even",
         pair_damping: str = "double",
+        activation_factor: str = "auto",
+        rank: int = 16,
         activation_decay: float | None = None,
         memory: int | None = None,
         momentum: float = 0.9,
@@ -98,12 +112,13 @@ class KFQN(torch.optim.Optimizer):
         mu1: float = 0.2,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = False,
-        refresh: int = 1,
-        step_length: str = "normalised",
+        refresh: int | None = None,
+        step_length: str = "normalised_rows",
     ):
         _check_options(
             lr=lr, pairs=pairs, damping=damping, damping_split=damping_split, pair_damping=pair_damping,
-            activation_decay=activation_decay, memory=memory, momentum=momentum, pair_momentum=pair_momentum, mu1=mu1,
+            activation_factor=activation_factor, rank=rank, activation_decay=activation_decay, memory=memory,
+            momentum=momentum, pair_momentum=pair_momentum, mu1=mu1,
             weight_decay=weight_decay, refresh=refresh, step_length=step_length,
         )  # fmt: skip
         refuse_shards(model)
@@ -116,7 +131,8 @@ class KFQN(torch.optim.Optimizer):
         self._layers = [
             Layer.build(
                 name, module, layer_view,
-                damping=damping, damping_split=damping_split, pairs=pairs, activation_decay=activation_decay,
+                damping=damping, damping_split=damping_split, pairs=pairs,
+                activation_factor=activation_factor, rank=rank, activation_decay=activation_decay,
                 memory=memory, pair_damping=pair_damping, pair_momentum=pair_momentum, mu1=mu1,
             )
             for name, (module, layer_view) in modules.items()
@@ -127,11 +143,11 @@ class KFQN(torch.optim.Optimizer):
             groups.append({"params": list(rest.values())})
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(groups, {**defaults, "decoupled_weight_decay": decoupled_weight_decay})
-        self._normalised = step_length == "normalised"
+        self._step_length = step_length
         for layer in self._layers:
             self.state[layer.weight] = layer.tensors()
         for p in rest.values():
-            self.state[p] = _adam_state(p) if self._normalised else {"M": torch.zeros_like(p)}
+            self.state[p] = _adam_state(p) if step_length != "raw" else {"M": torch.zeros_like(p)}
         self._model = model
         self._pairs = pairs
         self._refresh = refresh
@@ -221,7 +237,7 @@ class KFQN(torch.optim.Optimizer):
                 'pairs="second_pass" evaluates the mini-batch again after the step: call step(closure) with a closure '
                 "that zeroes gradients, computes the loss, calls backward and returns the loss"
             )
-        refresh = self._steps % self._refresh == 0
+        refresh = refreshes(self._steps, self._refresh)
         again = SecondPass(self._model, self._params()) if second_pass and refresh else None
         loss = None
         if closure is not None:
@@ -235,7 +251,7 @@ class KFQN(torch.optim.Optimizer):
         with self._no_autocast():
             for layer in layers:
                 self._observe_inputs(layer, records[layer.name], finite)
-                self._move(layer, finite)
+            self._move(layers, finite)
             self._move_rest(finite)
         if again is not None and closure is not None:
             with self._capture.frozen_parameters(), self._capture.ranks.apart():
@@ -334,26 +350,37 @@ class KFQN(torch.optim.Optimizer):
         """The running `A`; at the first step without a warm start also `H_a`. A warm-started `A` sits that step out."""
         layer.split_damping(self._locations(layer, record.T))
         if not layer.activation.started:
-            layer.activation.start(record.second_moment())
+            layer.activation.start_from(record)
         elif layer.activation.A is not None and not (self._warm_started and self._steps == 0):
             layer.activation.average(record.second_moment(), finite)
 
-    def _move(self, layer: Layer, finite: Tensor) -> None:
+    def _move(self, layers: list[Layer], finite: Tensor) -> None:
         group = self.param_groups[0]
-        G = layer.gradient_matrix(0.0 if group["decoupled_weight_decay"] else group["weight_decay"])
-        layer.M.lerp_(torch.where(finite, G, layer.M), 1.0 - group["momentum"])
-        D = layer.direction()
-        if self._normalised:
-            D = D * (0.2 * math.sqrt(D.numel()) / D.norm().clamp_min(torch.finfo(D.dtype).tiny))
-        _shrink([p for p in (layer.weight, layer.bias) if p is not None], group, finite)
-        layer.move(torch.where(finite, group["lr"] * D, 0.0))
+        decay = 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
+        for layer in layers:
+            layer.average_gradient(decay, group["momentum"], finite)
+        directions = [layer.direction() for layer in layers]
+        if self._step_length == "normalised":
+            norms = torch._foreach_norm(directions)
+            torch._foreach_div_(norms, [0.2 * math.sqrt(D.numel()) for D in directions])
+            lengths = group["lr"] / torch.stack(norms).clamp_min(torch.finfo(norms[0].dtype).tiny)
+        else:
+            lengths = directions[0].new_full((len(layers),), group["lr"])
+        if self._step_length == "normalised_rows":
+            for D in directions:
+                norms = torch.linalg.vector_norm(D, dim=-1, keepdim=True)
+                floor = ROW_FLOOR * norms.mean()
+                D.div_(norms.add_(floor).mul_(5.0 / math.sqrt(D.shape[-1])).clamp_min_(torch.finfo(D.dtype).tiny))
+        _shrink([p for layer in layers for p in (layer.weight, layer.bias) if p is not None], group, finite)
+        for layer, D, length in zip(layers, directions, torch.where(finite, lengths, 0.0).unbind(), strict=True):
+            layer.move(D, length)
 
     def _move_rest(self, finite: Tensor) -> None:
         for group in self.param_groups[1:]:
             params = [p for p in group["params"] if p.grad is not None]
             decay = 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
             _shrink(params, group, finite)
-            if self._normalised:
+            if self._step_length != "raw":
                 self._move_by_adam(params, group["lr"], decay, finite)
                 continue
             for p in params:
@@ -372,6 +399,16 @@ class KFQN(torch.optim.Optimizer):
             fused=True, found_inf=(~finite).float(), amsgrad=False,
             beta1=ADAM_BETAS[0], beta2=ADAM_BETAS[1], lr=lr, weight_decay=decay, eps=ADAM_EPS, maximize=False,
         )  # fmt: skip
+
+
+def refreshes(step: int, refresh: int | None) -> bool:
+    """Whether curvature is updated at `step` (from 0): every `refresh` steps.
+
+    For `None` the interval is one step for the first 25, two for the next 25, and so on up to five: early updates were
+    found to be worth their cost, late ones to be fewer than one in five steps without loss (benchmarks/NOTES.md).
+    """
+    interval = min(LONGEST_INTERVAL, 1 + step // INTERVAL_GROWTH) if refresh is None else refresh
+    return step % interval == 0
 
 
 def _adam_state(p: nn.Parameter) -> dict[str, Tensor]:
@@ -407,6 +444,8 @@ def _check_options(**options: Any) -> None:
         require("memory", options["memory"] is None, "None unless H_g is estimated (give pairs)")
     elif options["pair_damping"] == "double":
         require("damping", options["damping"] < 1, "below 1: double damping of pairs needs lambda_G < 1")
+    require("activation_factor", options["activation_factor"] in ACTIVATION_FACTORS, f"one of {ACTIVATION_FACTORS}")
+    require("rank", natural("rank"), "a whole number >= 1")
     require("memory", options["memory"] is None or natural("memory"), "None or a whole number >= 1")
     require("mu1", number("mu1") and 0 < options["mu1"] < 1, "a number in (0, 1)")
     for name in ("momentum", "pair_momentum"):
@@ -414,5 +453,5 @@ def _check_options(**options: Any) -> None:
     name = "activation_decay"
     require(name, options[name] is None or (number(name) and 0 <= options[name] < 1), "None or a number in [0, 1)")
     require("weight_decay", number("weight_decay") and options["weight_decay"] >= 0, "a number >= 0")
-    require("refresh", natural("refresh"), "a whole number >= 1")
+    require("refresh", options["refresh"] is None or natural("refresh"), "None or a whole number >= 1")
     require("step_length", options["step_length"] in STEP_LENGTHS, f"one of {STEP_LENGTHS}")

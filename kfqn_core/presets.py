@@ -17,6 +17,7 @@ KBFGS_2020: dict[str, Any] = {
     "damping": 0.3,  # lambda
     "damping_split": "even",  # lambda_A = lambda_G = sqrt(lambda)
     "pair_damping": "double",  # Powell on H_g, then on the identity
+    "activation_factor": "action",  # H_a by Hessian action
     "activation_decay": 0.9,  # beta_A, running average of A
     "momentum": 0.9,  # beta_m, running average of the gradient, not bias-corrected
     "pair_momentum": 0.9,  # beta_sy
@@ -47,6 +48,7 @@ KFQN_CNN_2021: dict[str, Any] = {
     "damping": 0.3,  # default of third-party code (saeedsoori/k-fac)
     "damping_split": "even",  # lambda_A = lambda_G = sqrt(lambda)
     "pair_damping": "levenberg-marquardt",  # Powell on H_g, then y + lambda_G s
+    "activation_factor": "action",
     "activation_decay": None,  # Hessian action of the mini-batch
     "momentum": 0.9,
     "pair_momentum": 0.9,

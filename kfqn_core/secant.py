@@ -33,22 +33,35 @@ def bfgs_inverse_update(H: Tensor, s: Tensor, y: Tensor) -> Tensor:
     ------
     TypeError, ValueError : for tensors whose dtypes or shapes do not fit together.
     """
-    _check_pair(s, y)
-    if H.dim() < 2 or H.shape[-1] != H.shape[-2] or H.shape[:-1] != s.shape:
-        raise ValueError(
-            f"H must be [..., n, n] for pairs [..., n], got H {list(H.shape)} and s {list(s.shape)}; "
-            "give all three the same leading batch dimensions"
-        )
-    if H.dtype != s.dtype:
-        raise TypeError(f"H and the pair must share a dtype, got {H.dtype} and {s.dtype}; convert the pair")
+    _check_update(H, s, y)
     H = (H + H.mT) / 2
-    Hy = (H @ y.unsqueeze(-1)).squeeze(-1)
-    sy = (s * y).sum(-1, keepdim=True)
-    yHy = (y * Hy).sum(-1, keepdim=True)
-    # rho appears once in each factor, never squared: rho^2 y^T H y overflows long before H+ does.
-    left = (1 + yHy / sy) / 2 * s - Hy
-    half = left.unsqueeze(-1) * (s / sy).unsqueeze(-2)
+    left, right = _rank_two((H @ y.unsqueeze(-1)).squeeze(-1), s, y)
+    half = left.unsqueeze(-1) * right.unsqueeze(-2)
     return H + (half + half.mT)
+
+
+def bfgs_inverse_update_(H: Tensor, s: Tensor, y: Tensor, keep: Tensor) -> None:
+    """`bfgs_inverse_update` in place: H becomes `H+` where `keep` (bool, `[...]`) holds and `H+` is finite.
+
+    The change of H is one product of two matrices of rank two, so that H is read three times and written once, where
+    the plain form passes ten times over it. Rounding leaves H a little unsymmetric. It stays so little because each
+    update uses the symmetric part of H: with `H y` alone the error would grow from update to update.
+
+    Raises
+    ------
+    TypeError, ValueError : as `bfgs_inverse_update`.
+    """
+    _check_update(H, s, y)
+    column = y.unsqueeze(-1)
+    left, right = _rank_two((H @ column + H.mT @ column).squeeze(-1) / 2, s, y)
+    factors = torch.stack([left, right], dim=-1)
+    # No entry of a positive definite matrix exceeds its trace, and none of the change the product of these norms:
+    # whether H+ is finite is known without looking at it.
+    largest = torch.linalg.vector_norm(factors, torch.inf, dim=-2).prod(-1)
+    keep = keep & torch.isfinite(2 * largest + H.diagonal(dim1=-2, dim2=-1).sum(-1))
+    factors = torch.where(keep[..., None, None], factors, 0.0)
+    n = H.shape[-1]
+    H.view(-1, n, n).baddbmm_(factors.reshape(-1, n, 2), factors.flip(-1).mT.reshape(-1, 2, n))
 
 
 class LimitedMemoryInverse:
@@ -141,6 +154,25 @@ class LimitedMemoryInverse:
         size = self.S.shape[-1]
         identity = torch.eye(size, dtype=self.S.dtype, device=self.S.device)
         return self.apply(identity.expand(*self.S.shape[:-2], size, size))
+
+
+def _rank_two(Hy: Tensor, s: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """`l`, `r` with `H+ = H + l r^T + r l^T`."""
+    sy = (s * y).sum(-1, keepdim=True)
+    yHy = (y * Hy).sum(-1, keepdim=True)
+    # rho appears once in each factor, never squared: rho^2 y^T H y overflows long before H+ does.
+    return (1 + yHy / sy) / 2 * s - Hy, s / sy
+
+
+def _check_update(H: Tensor, s: Tensor, y: Tensor) -> None:
+    _check_pair(s, y)
+    if H.dim() < 2 or H.shape[-1] != H.shape[-2] or H.shape[:-1] != s.shape:
+        raise ValueError(
+            f"H must be [..., n, n] for pairs [..., n], got H {list(H.shape)} and s {list(s.shape)}; "
+            "give all three the same leading batch dimensions"
+        )
+    if H.dtype != s.dtype:
+        raise TypeError(f"H and the pair must share a dtype, got {H.dtype} and {s.dtype}; convert the pair")
 
 
 def _check_pair(s: Tensor, y: Tensor) -> None:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from kfqn_core.capture import Record
-from kfqn_core.factors import ActivationFactor, GradientFactor
+from kfqn_core.factors import ActivationFactor, ExactActivationFactor, GradientFactor
 from kfqn_core.layers import LayerView, UnsupportedLayer, view
+from kfqn_core.low_rank import LowRankActivationFactor
 
 
 @dataclass
@@ -28,7 +29,7 @@ class Layer:
     weight: nn.Parameter
     bias: nn.Parameter | None
     M: Tensor
-    activation: ActivationFactor
+    activation: ActivationFactor | LowRankActivationFactor
     gradient: GradientFactor | None
     h_last: Tensor | None
     g_last: Tensor | None
@@ -45,6 +46,8 @@ class Layer:
         damping: float,
         damping_split: str,
         pairs: str | None,
+        activation_factor: str,
+        rank: int,
         activation_decay: float | None,
         memory: int | None,
         pair_damping: str,
@@ -60,7 +63,12 @@ class Layer:
             "device": weight.device,
         }
         M = torch.zeros(layer_view.groups, layer_view.d_out, layer_view.d_in, **like)
-        activation = ActivationFactor(layer_view, damping, activation_decay, **like)
+        activation: ActivationFactor | LowRankActivationFactor
+        if _is_low_rank(activation_factor, layer_view, rank):
+            activation = LowRankActivationFactor(layer_view, damping, rank, **like)
+        else:
+            kind = ExactActivationFactor if activation_factor == "inverse" else ActivationFactor
+            activation = kind(layer_view, damping, activation_decay, **like)
         gradient = h_last = g_last = None
         if pairs is not None:
             gradient = GradientFactor(
@@ -87,24 +95,26 @@ class Layer:
         self.activation.damping = math.sqrt(self.damping * T)
         self.gradient.damping = math.sqrt(self.damping / T)
 
-    def gradient_matrix(self, weight_decay: float) -> Tensor:
-        """`[dW | db] + weight_decay [W | b]`, `[groups, d_out, d_in]`, in the dtype of the factors."""
+    def average_gradient(self, weight_decay: float, momentum: float, finite: Tensor) -> None:
+        """`M <- momentum M + (1 - momentum) ([dW | db] + weight_decay [W | b])`, where `finite` holds."""
         assert self.weight.grad is not None
         bias_grad = None if self.bias is None else self.bias.grad
         G = self.view.to_matrix(self.weight.grad, bias_grad).to(self.M.dtype)
-        return G.add(self.view.to_matrix(self.weight, self.bias), alpha=weight_decay) if weight_decay else G
+        if weight_decay:
+            G = G.add(self.view.to_matrix(self.weight, self.bias), alpha=weight_decay)
+        self.M.lerp_(torch.where(finite, G, self.M), 1.0 - momentum)
 
     def direction(self) -> Tensor:
         """`D = H_g M H_a`, `[groups, d_out, d_in]`: the inverse of the Kronecker-factored Hessian applied to `M`."""
-        D = self.M @ self.activation.H
+        D = self.activation.precondition(self.M)
         return D if self.gradient is None else self.gradient.inverse.apply(D)
 
-    def move(self, step: Tensor) -> None:
-        """`[W | b] <- [W | b] - step`, `step` `[groups, d_out, d_in]`."""
-        weight_step, bias_step = self.view.from_matrix(step)
-        self.weight.sub_(weight_step)
-        if self.bias is not None and bias_step is not None:
-            self.bias.sub_(bias_step)
+    def move(self, D: Tensor, length: Tensor) -> None:
+        """`[W | b] <- [W | b] - length D`, with `D` `[groups, d_out, d_in]` and a scalar `length` on the device."""
+        weight, bias = self.view.from_matrix(D)
+        self.weight.addcmul_(weight, length, value=-1)
+        if self.bias is not None and bias is not None:
+            self.bias.addcmul_(bias, length, value=-1)
 
     def pair_with(self, before: Record, after: Record, finite: Tensor) -> None:
         """`H_g` from the same mini-batch before and after the step, where `finite` holds.
@@ -142,6 +152,18 @@ class Layer:
             **curvature,
             **{name: tensor for name, tensor in last.items() if tensor is not None},
         }
+
+
+def _is_low_rank(activation_factor: str, layer_view: LayerView, rank: int) -> bool:
+    """Whether a layer keeps a low-rank `H_a`: if that is asked for and smaller, `"auto"` where it also pays.
+
+    A dense `H_a` is larger than the weight exactly where the layer has more inputs than outputs; elsewhere it costs
+    less than Adam's second moment.
+    """
+    smaller = 2 * rank < layer_view.d_in
+    if activation_factor == "auto":
+        return smaller and layer_view.d_in > layer_view.d_out
+    return smaller and activation_factor == "low_rank"
 
 
 def curvature_layers(model: nn.Module) -> tuple[dict[str, tuple[nn.Module, LayerView]], dict[str, nn.Parameter]]:

@@ -43,8 +43,8 @@ BREAKS = [
     Break(
         "the dense inverse update never lands",
         "kfqn_core/factors.py",
-        "self.H.copy_(torch.where(keep[..., None, None], H, self.H))",
-        "self.H = self.H.clone()",
+        "bfgs_inverse_update_(self.H, s, y, keep)",
+        "bfgs_inverse_update_(self.H.clone(), s, y, keep)",
         (f"{PARITY}[None-square_loss]",),
     ),
     Break(
@@ -71,15 +71,15 @@ BREAKS = [
     Break(
         "the averaged pair stored after damping",
         "kfqn_core/factors.py",
-        "s, y = self._damped(H_y)",
-        "s, y = self._damped(H_y); self.s_mean.copy_(s); self.y_mean.copy_(y)",
+        "> noise, y, 0.0))",
+        "> noise, y, 0.0)); self.s_mean.copy_(s); self.y_mean.copy_(y)",
         (f"{PARITY}[None-robust_loss]", f"{PARITY}[5-robust_loss]"),
     ),
     Break(
         "A of the start divided by T^2, while its action is not",
         "kfqn_core/capture.py",
-        "self.view.second_moment(use.x)",
-        "self.view.second_moment(use.x) / use.T**2",
+        "self._sum_over_uses(self.view.second_moment)",
+        "self._sum_over_uses(self.view.second_moment) / self.T**2",
         (f"{CNN_PARITY}[KFQN_2022-grouped]",),
     ),
     Break(

@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kfqn_core.capture import Record, Use
-from kfqn_core.factors import ActivationFactor, DenseInverse, acceptable
+from kfqn_core.factors import ActivationFactor, DenseInverse, ExactActivationFactor, GradientFactor, acceptable
 from kfqn_core.lab.checks import relative_error
 from kfqn_core.layers import view
 
@@ -366,6 +366,39 @@ def test_float32_factor_stays_symmetric_and_close_to_float64():
     assert torch.equal(factor.H, factor.H.mT)
     condition = torch.linalg.cond(damped(A, 0.01)).item()
     assert relative_error(factor.H, torch.linalg.inv(damped(A, 0.01))) < 1e-6 * condition  # float32 rounds at 6e-8
+
+
+@pytest.mark.parametrize("pair_damping", ["double", "levenberg-marquardt"])
+def test_a_pair_of_rounding_errors_is_a_pair_without_curvature(pair_damping):
+    """Before batch norm mean gradients are zero up to rounding, whose sign Powell's damping would otherwise act on."""
+    results = []
+    for noise in (0.0, 1e-17, -1e-17):
+        factor = GradientFactor(
+            view(nn.Linear(3, 4)), 0.3, None, pair_damping=pair_damping, pair_momentum=0.9, mu1=0.2,
+            dtype=F64, device=torch.device("cpu"),
+        )  # fmt: skip
+        s = torch.tensor([[1.0, -2.0, 0.5, 1.0]], dtype=F64)
+        factor.update(s, noise * torch.tensor([[1.0, -0.3, 2.0, -1.0]], dtype=F64), torch.ones(1, 4, dtype=F64), TRUE)
+        results.append(factor.inverse.dense())
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    assert relative_error(results[0][0] @ s[0], s[0] / 0.3) < 1e-12  # curvature lambda_G along s, from the damping alone
+
+
+@pytest.mark.parametrize("decay", [None, 0.9])
+def test_exact_factor_inverts_what_the_action_follows(decay):
+    _, first = linear_case(4, 6, 2)
+    _, record = linear_case(4, 6, 3)
+    factor = ExactActivationFactor(record.view, 0.1, decay, dtype=F64, device=torch.device("cpu"))
+    factor.start(second_moment(first))
+    A = second_moment(record)
+    if decay is not None:
+        factor.average(A, TRUE)
+        A = 0.9 * second_moment(first) + 0.1 * A
+    factor.update(record, torch.tensor(False))
+    assert relative_error(factor.H, torch.linalg.inv(damped(second_moment(first), 0.1))) < 1e-12
+    factor.update(record, TRUE)
+    assert relative_error(factor.H, torch.linalg.inv(damped(A, 0.1))) < 1e-12
 
 
 def test_no_tensor_is_read_on_the_host():

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from kfqn_core import KFQN, presets
 from kfqn_core.algebra import unvec, vec
 from kfqn_core.lab.checks import relative_error
+from kfqn_core.optimizer import refreshes
 from tests.reference_kbfgs import ReferenceKBFGS, bfgs_formula
 
 WIDTHS = (6, 9, 4, 5)
@@ -24,6 +25,8 @@ METHODS = {
     "KFQN_CNN_2021": presets.KFQN_CNN_2021,
     "KFQN_2022": presets.KFQN_2022,
     "next_batch": {"pairs": "next_batch"},
+    "low_rank": {"activation_factor": "low_rank", "rank": 2},
+    "inverse": {"activation_factor": "inverse", "activation_decay": 0.9, "step_length": "normalised"},
 }
 TOLERANCE = 1e-10  # twenty steps of float64 rounding, each amplified by the conditioning of H (about 1e3)
 
@@ -119,11 +122,12 @@ def test_kbfgs_is_the_2020_method(memory, loss_fn):
         assert error(-optimizer.layers["0"].gradient.inverse.S[0, -1], kept[0]) < TOLERANCE
 
 
-def test_default_is_the_activation_factor_with_a_normalised_step():
-    """Four steps of the default against the same four lines in NumPy."""
+@pytest.mark.parametrize("options", [{}, {"step_length": "normalised"}])
+def test_default_is_the_activation_factor_with_a_normalised_step(options):
+    """Four steps of the default against the same few lines in NumPy."""
     data = batches()
     model = tanh_network()
-    optimizer = KFQN(model, lr=0.03)
+    optimizer = KFQN(model, lr=0.03, **options)
     expected = matrices(model)
     M = [np.zeros_like(W) for W in expected]
     H = [None] * len(M)
@@ -138,7 +142,11 @@ def test_default_is_the_activation_factor_with_a_normalised_step():
                 H[i] = np.linalg.inv(A + 0.03 * np.eye(len(A)))
             M[i] = 0.9 * M[i] + 0.1 * grads[i]
             D = M[i] @ H[i]
-            expected[i] = expected[i] - 0.03 * 0.2 * np.sqrt(D.size) / np.linalg.norm(D) * D
+            if options:
+                expected[i] = expected[i] - 0.03 * 0.2 * np.sqrt(D.size) / np.linalg.norm(D) * D
+            else:
+                rows = np.linalg.norm(D, axis=1, keepdims=True)
+                expected[i] = expected[i] - 0.03 * 0.2 * np.sqrt(D.shape[1]) * D / (rows + 1e-3 * rows.mean())
             s = H[i] @ a.mean(0)
             H[i] = bfgs_formula(H[i], s, A @ s + 0.03 * s)
         for actual, W in zip(matrices(model), expected, strict=True):
@@ -165,6 +173,15 @@ def test_training_lowers_the_loss(preset):
     floor = 0.5 * WIDTHS[-1] * 0.3**2  # the targets carry noise of standard deviation 0.3 in each coordinate
     assert np.mean(losses[-10:]) - floor < 0.3 * (np.mean(losses[:3]) - floor)
     assert optimizer.skipped_steps == 0
+
+
+def test_refresh_grows_from_every_step_to_every_fifth():
+    fixed = [step for step in range(12) if refreshes(step, 4)]
+    assert fixed == [0, 4, 8]
+    grown = [step for step in range(400) if refreshes(step, None)]
+    assert grown[:25] == list(range(25))
+    assert [step for step in grown if 25 <= step < 75] == [*range(26, 50, 2), *range(51, 75, 3)]
+    assert {b - a for a, b in pairwise(grown) if a >= 100} == {5}
 
 
 class Noisy(nn.Module):
@@ -430,7 +447,7 @@ def test_sequences_train():
         ({"pair_momentum": -0.1}, "pair_momentum must be"),
         ({"activation_decay": 1.0}, "activation_decay must be"),
         ({"weight_decay": -1e-5}, "weight_decay must be"),
-        ({"refresh": 0}, "refresh must be a whole number >= 1, got 0"),
+        ({"refresh": 0}, "refresh must be None or a whole number >= 1, got 0"),
         ({"step_length": "long"}, "step_length must be one of"),
     ],
 )

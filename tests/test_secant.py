@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kfqn_core.lab.checks import relative_error
-from kfqn_core.secant import LimitedMemoryInverse, bfgs_inverse_update
+from kfqn_core.secant import LimitedMemoryInverse, bfgs_inverse_update, bfgs_inverse_update_
 
 properties = settings(derandomize=True, deadline=None, database=None, max_examples=200)
 
@@ -156,6 +156,32 @@ def test_update_of_tiny_pairs_does_not_overflow():
     expected = bfgs_inverse_update(H, s, y)
     tiny = bfgs_inverse_update(H.float(), 1e-15 * s.float(), 1e-15 * y.float())  # rho^2 is about 1e60
     assert relative_error(tiny, expected) < 1e-5  # a few float32 roundings
+
+
+@properties
+@given(st.integers(1, 16), st.integers(1, 3), conditions, cosines, seeds)
+def test_update_in_place_is_the_update(n, batch, condition, cosine, seed):
+    """Where `keep` holds; elsewhere, and where H+ would not be finite, nothing changes."""
+    generator = torch.Generator().manual_seed(seed)
+    H, (s, y) = spd(n, condition, generator, (batch + 2,)), pair(n, cosine, generator, (batch + 2,))
+    y[1] = 0  # s^T y = 0: H+ is not finite
+    keep = torch.tensor([False, True] + [True] * batch)
+    expected, actual = bfgs_inverse_update(H, s, y), H.clone()
+    bfgs_inverse_update_(actual, s, y, keep)
+    assert torch.equal(actual[:2], H[:2])
+    sizes = torch.linalg.matrix_norm(torch.stack([H, expected])[:, 2:], 2).sum(0)
+    assert (torch.linalg.matrix_norm(actual - expected)[2:] < 1e-13 * sizes / cosine).all()
+
+
+def test_update_in_place_stays_symmetric_to_rounding():
+    """Over a thousand updates in float32 the asymmetry remains that of a few roundings."""
+    generator = torch.Generator().manual_seed(0)
+    M, H = spd(20, 2, generator).float(), torch.eye(20)
+    for _ in range(1000):
+        s = H @ torch.randn(20, generator=generator)
+        bfgs_inverse_update_(H, s, M @ s, torch.tensor(True))
+    assert (H - H.mT).abs().max() < 1e-5 * H.abs().max()
+    assert relative_error(H @ M, torch.eye(20)) < 1e-3
 
 
 def random_pairs(count, n, generator, batch=()):
