@@ -10,7 +10,7 @@ from benchmarks.counting import count
 from benchmarks.flops import floor_ratio, shapes
 from benchmarks.methods import METHODS, state_bytes
 from benchmarks.problems import TASKS, Task
-from benchmarks.timing import step_cost, stepper
+from benchmarks.timing import mean_interval, step_cost, stepper
 from kfqn_core import describe
 from kfqn_core.optimizer import KFQN
 
@@ -35,18 +35,18 @@ def step_cost_table(arguments: argparse.Namespace) -> int:
     for key in arguments.problems:
         task = TASKS[key]
         layers = shapes(task.problem.model(seed=0), task.problem.x_train[: task.problem.batch_size])
-        step, _ = stepper(task, "sgd")
+        step, _ = stepper(task, METHODS["sgd"])
         sgd = count(step).flops
         for name in arguments.methods:
             method = METHODS[name]
             try:
                 cost = step_cost(task, name, turns=arguments.turns)
-                step, optimizer = stepper(task, name)
+                step, optimizer = stepper(task, method)
                 counted = count(step, method.period).flops / sgd
             except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
                 _print((key, name, f"fails: {type(error).__name__}: {error}"))
                 continue
-            least = floor_ratio(name, method.settings, layers)
+            least = floor_ratio(name, {**method.settings, "refresh": mean_interval(task, method)}, layers)
             promised = described_bytes(task, name)
             _print((
                 key, name, f"{cost.to_sgd.value:.2f}", f"{cost.to_sgd.low:.2f} to {cost.to_sgd.high:.2f}",

@@ -19,6 +19,7 @@ from torch import nn
 
 from kfqn_core import KFQN
 from kfqn_core.layers import LayerView
+from kfqn_core.low_rank import ROWS
 from kfqn_core.update import curvature_layers
 
 __all__ = ["Shape", "floor", "floor_ratio", "forward_backward", "shapes"]
@@ -78,7 +79,7 @@ def floor(name: str, settings: Mapping[str, Any], layers: list[Shape]) -> float 
         return forward_backward(layers)
     if name == "muon":
         return forward_backward(layers) + sum(_orthogonalise(layer) for layer in layers)
-    if name.startswith(("kfqn", "kbfgs")):
+    if name.startswith(("kfqn", "kbfgs")) and settings.get("activation_factor") != "inverse":
         return forward_backward(layers) + sum(_quasi_newton(layer, settings) for layer in layers)
     return None
 
@@ -99,13 +100,14 @@ def _orthogonalise(layer: Shape) -> int:
 def _quasi_newton(layer: Shape, settings: Mapping[str, Any]) -> float:
     """What KFQN adds on a layer, in a step, on average."""
     options = {**DEFAULTS, **settings}
-    refresh, rank = options["refresh"], options.get("rank", 0)
+    refresh, rank = options["refresh"] or 1, options["rank"]
     d_i, d_o, groups = layer.d_in, layer.d_out, layer.groups
     samples = layer.m * layer.T
     always = 0
     if _is_low_rank(layer, options):
         direction = 4 * d_o * d_i * rank  # (M B) B^T
-        update = 4 * samples * d_i * rank + 8 * d_i * rank**2  # the action on `rank` vectors, and four small products
+        seen = samples / max(1, round(samples / ROWS))
+        update = 4 * seen * d_i * rank + 8 * d_i * rank**2  # the action on `rank` vectors, and four small products
     else:
         direction = 2 * d_o * d_i**2  # M H_a
         action = 4 * samples * d_i  # A s = mean of a (a . s): two products with the input
@@ -127,6 +129,6 @@ def _quasi_newton(layer: Shape, settings: Mapping[str, Any]) -> float:
 
 def _is_low_rank(layer: Shape, options: Mapping[str, Any]) -> bool:
     """Where KFQN keeps `rank` directions in place of a matrix (`activation_factor` in its documentation)."""
-    factor = options.get("activation_factor", "action")
-    smaller = 2 * options.get("rank", 0) < layer.d_in
+    factor = options["activation_factor"]
+    smaller = 2 * options["rank"] < layer.d_in
     return smaller and (factor == "low_rank" or (factor == "auto" and layer.d_in > layer.d_out))

@@ -164,9 +164,14 @@ def _published(name: str, label: str, options: Mapping[str, Any], warm_start: bo
 
 _ALL = (
     Method("kfqn", "KFQN", KFQN, NORMALISED, "kfqn-core", default_lr=0.03),
+    _kfqn("kfqn-1", "KFQN, refresh 1", refresh=1),
     _kfqn("kfqn-5", "KFQN, refresh 5", refresh=5),
+    _kfqn("kfqn-dense", "KFQN, dense", activation_factor="action"),
+    _kfqn("kfqn-low-rank", "KFQN, low rank", activation_factor="low_rank"),
+    _kfqn("kfqn-exact", "KFQN, exact inverse", activation_factor="inverse"),
+    _kfqn("kfqn-layers", "KFQN, layers normalised", step_length="normalised"),
     _kfqn("kfqn-next-batch", "KFQN, H_g from the next batch", pairs="next_batch"),
-    _kfqn("kfqn-second-pass-5", "KFQN, H_g by second pass, refresh 5", pairs="second_pass", refresh=5),
+    _kfqn("kfqn-second-pass", "KFQN, H_g by second pass", pairs="second_pass"),
     *_published("kbfgs", "K-BFGS 2020", presets.KBFGS_2020, warm_start=True),
     *_published("kbfgs-l", "K-BFGS(L) 2020", presets.KBFGS_L_2020, warm_start=True),
     *_published("kfqn-2021", "KF-QN-CNN 2021", presets.KFQN_CNN_2021, warm_start=False),

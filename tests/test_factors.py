@@ -382,7 +382,9 @@ def test_a_pair_of_rounding_errors_is_a_pair_without_curvature(pair_damping):
         results.append(factor.inverse.dense())
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
-    assert relative_error(results[0][0] @ s[0], s[0] / 0.3) < 1e-12  # curvature lambda_G along s, from the damping alone
+    assert (
+        relative_error(results[0][0] @ s[0], s[0] / 0.3) < 1e-12
+    )  # curvature lambda_G along s, from the damping alone
 
 
 @pytest.mark.parametrize("decay", [None, 0.9])
