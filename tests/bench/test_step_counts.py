@@ -65,7 +65,7 @@ def test_a_slower_step_is_seen(monkeypatch):
 
 
 def test_every_unit_moves_by_its_normalised_length():
-    """The root mean square of a step is 0.2 lr for each output unit, whatever the scale of the gradient (chapter 13)."""
+    """The root mean square of a step is 0.2 lr for every output unit, whatever the gradient is (chapter 13)."""
     problem = TASKS["P3"].problem
     model = problem.model(0)
     optimizer = KFQN(model, lr=0.01)
