@@ -8,7 +8,7 @@ is the momentum of its gradient matrix: `vec(D) = (H_a (x) H_g) vec(M)`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,18 +17,13 @@ from torch.optim.adam import adam
 
 from kfqn_core.capture import Capture, Record
 from kfqn_core.distributed import refuse_shards
+from kfqn_core.layers import LinearView
+from kfqn_core.options import check_options, of_linear_layers, refreshes
 from kfqn_core.second_pass import SecondPass, cuda_devices, restored
 from kfqn_core.update import Layer, curvature_layers
 
-PAIRS = (None, "next_batch", "second_pass")
-PAIR_DAMPINGS = ("double", "levenberg-marquardt")
-DAMPING_SPLITS = ("even", "locations")
-ACTIVATION_FACTORS = ("auto", "action", "low_rank", "inverse")
-STEP_LENGTHS = ("raw", "normalised", "normalised_rows")
-ROW_FLOOR = (
-    1e-3  # of the mean length of rows: a row below it, of a unit that is hardly used, moves less than the others
-)
-INTERVAL_GROWTH, LONGEST_INTERVAL = 25, 5  # steps after which the interval between updates grows by one, and its end
+# Of the mean length of the rows of D: a unit whose gradient is smaller than that is hardly used, and moves less.
+ROW_FLOOR = 1e-3
 ADAM_BETAS, ADAM_EPS = (0.9, 0.99), 1e-8
 OWN = ("_layers", "_step_length", "_model", "_pairs", "_refresh", "_steps", "_warm_started", "_skipped", "_capture")
 
@@ -66,7 +61,9 @@ class KFQN(torch.optim.Optimizer):
         activation_decay: weight of the past in the running average of `A`; `None` takes the action of `A` from the
             current mini-batch and keeps no `A`.
         memory: pairs kept by a limited-memory `H_g` (K-BFGS(L)); `None` keeps a dense `H_g`.
-        momentum: weight of the past in the running average of the gradient (not bias-corrected).
+        momentum: weight of the past in the running average of the gradient (not bias-corrected). The heavy ball
+            `M <- momentum M + G` takes the same raw steps at the rate `lr (1 - momentum)`, the same normalised ones
+            at the same rate.
         pair_momentum: weight of the past in the running average of the secant pairs. Use 0 with full-batch gradients.
         mu1: Powell's constant for `H_g`, in (0, 1).
         weight_decay: tau, added to the gradient as `tau [W | b]`, biases included.
@@ -76,6 +73,7 @@ class KFQN(torch.optim.Optimizer):
         step_length: `"raw"` moves layers by `lr D`, and other parameters by `lr` times their averaged gradient (the
             papers); `"normalised"` moves layers by `lr 0.2 sqrt(numel D) / ||D||_F D`, and others by Adam, same lr;
             `"normalised_rows"` does so for each row of D, that is for the weights of each output unit, alone.
+        linear: options that differ for fully connected layers, by name: any of `activation_decay`, `pair_damping`.
 
     Raises:
         ValueError: for an option out of range, or a model without a supported layer.
@@ -114,13 +112,20 @@ class KFQN(torch.optim.Optimizer):
         decoupled_weight_decay: bool = False,
         refresh: int | None = None,
         step_length: str = "normalised_rows",
+        linear: Mapping[str, Any] | None = None,
     ):
-        _check_options(
-            lr=lr, pairs=pairs, damping=damping, damping_split=damping_split, pair_damping=pair_damping,
-            activation_factor=activation_factor, rank=rank, activation_decay=activation_decay, memory=memory,
-            momentum=momentum, pair_momentum=pair_momentum, mu1=mu1,
-            weight_decay=weight_decay, refresh=refresh, step_length=step_length,
-        )  # fmt: skip
+        kept = {
+            "damping": damping, "damping_split": damping_split, "pairs": pairs, "activation_factor": activation_factor,
+            "rank": rank, "activation_decay": activation_decay, "memory": memory, "pair_damping": pair_damping,
+            "pair_momentum": pair_momentum, "mu1": mu1,
+        }  # fmt: skip
+        stepped = {
+            "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "refresh": refresh,
+            "step_length": step_length,
+        }  # fmt: skip
+        check_options(**kept, **stepped)
+        kept_linear = {**kept, **of_linear_layers(linear)}
+        check_options(**kept_linear, **stepped)
         refuse_shards(model)
         modules, rest = curvature_layers(model)
         if not modules:
@@ -129,14 +134,9 @@ class KFQN(torch.optim.Optimizer):
                 "there is nothing for KFQN to do: unfreeze a layer, or use another optimizer"
             )
         self._layers = [
-            Layer.build(
-                name, module, layer_view,
-                damping=damping, damping_split=damping_split, pairs=pairs,
-                activation_factor=activation_factor, rank=rank, activation_decay=activation_decay,
-                memory=memory, pair_damping=pair_damping, pair_momentum=pair_momentum, mu1=mu1,
-            )
+            Layer.build(name, module, layer_view, **(kept_linear if isinstance(layer_view, LinearView) else kept))
             for name, (module, layer_view) in modules.items()
-        ]  # fmt: skip
+        ]
         curvature = [p for layer in self._layers for p in (layer.weight, layer.bias) if p is not None]
         groups: list[dict[str, Any]] = [{"params": curvature}]
         if rest:
@@ -401,16 +401,6 @@ class KFQN(torch.optim.Optimizer):
         )  # fmt: skip
 
 
-def refreshes(step: int, refresh: int | None) -> bool:
-    """Whether curvature is updated at `step` (from 0): every `refresh` steps.
-
-    For `None` the interval is one step for the first 25, two for the next 25, and so on up to five: early updates were
-    found to be worth their cost, late ones to be fewer than one in five steps without loss (benchmarks/NOTES.md).
-    """
-    interval = min(LONGEST_INTERVAL, 1 + step // INTERVAL_GROWTH) if refresh is None else refresh
-    return step % interval == 0
-
-
 def _adam_state(p: nn.Parameter) -> dict[str, Tensor]:
     step = torch.zeros((), dtype=torch.float32, device=p.device)
     return {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
@@ -421,37 +411,3 @@ def _shrink(params: list[nn.Parameter], group: dict[str, Any], finite: Tensor) -
     if group["decoupled_weight_decay"] and group["weight_decay"]:
         for p in params:
             p.sub_(torch.where(finite, group["lr"] * group["weight_decay"] * p, 0.0))
-
-
-def _check_options(**options: Any) -> None:
-    def number(name: str) -> bool:
-        value = options[name]
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-    def natural(name: str) -> bool:
-        return isinstance(options[name], int) and not isinstance(options[name], bool) and options[name] >= 1
-
-    def require(name: str, accepted: bool, expected: str) -> None:
-        if not accepted:
-            raise ValueError(f"{name} must be {expected}, got {options[name]!r}")
-
-    require("lr", number("lr") and options["lr"] >= 0, "a number >= 0")
-    require("pairs", options["pairs"] in PAIRS, f"one of {PAIRS}")
-    require("damping", number("damping") and options["damping"] > 0, "a number > 0")
-    require("damping_split", options["damping_split"] in DAMPING_SPLITS, f"one of {DAMPING_SPLITS}")
-    require("pair_damping", options["pair_damping"] in PAIR_DAMPINGS, f"one of {PAIR_DAMPINGS}")
-    if options["pairs"] is None:
-        require("memory", options["memory"] is None, "None unless H_g is estimated (give pairs)")
-    elif options["pair_damping"] == "double":
-        require("damping", options["damping"] < 1, "below 1: double damping of pairs needs lambda_G < 1")
-    require("activation_factor", options["activation_factor"] in ACTIVATION_FACTORS, f"one of {ACTIVATION_FACTORS}")
-    require("rank", natural("rank"), "a whole number >= 1")
-    require("memory", options["memory"] is None or natural("memory"), "None or a whole number >= 1")
-    require("mu1", number("mu1") and 0 < options["mu1"] < 1, "a number in (0, 1)")
-    for name in ("momentum", "pair_momentum"):
-        require(name, number(name) and 0 <= options[name] < 1, "a number in [0, 1)")
-    name = "activation_decay"
-    require(name, options[name] is None or (number(name) and 0 <= options[name] < 1), "None or a number in [0, 1)")
-    require("weight_decay", number("weight_decay") and options["weight_decay"] >= 0, "a number >= 0")
-    require("refresh", options["refresh"] is None or natural("refresh"), "None or a whole number >= 1")
-    require("step_length", options["step_length"] in STEP_LENGTHS, f"one of {STEP_LENGTHS}")

@@ -37,10 +37,10 @@ KBFGS_L_2020: dict[str, Any] = {
 # the authors' own code of the step was not published. Choices where sources disagree, and their alternatives:
 #   A        sum over locations, mean over samples (the authors' published helpers); its action is taken from the
 #            mini-batch. Third-party code of the first version keeps a running A for fully connected layers:
-#            `activation_decay=0.9` does so for every layer.
+#            `linear={"activation_decay": 0.9}`.
 #   start    H_a = (A_0 + lambda_A I)^-1 from a warm start if there is one, else from the first mini-batch.
 #   damping  third-party code of the first version splits evenly and uses double damping for fully connected layers:
-#            `pair_damping="double"` selects it for every layer.
+#            `linear={"pair_damping": "double"}`; `pair_damping="double"` selects it for every layer.
 #   others   batch-norm and other parameters move by their averaged gradient at the same lr, as in the authors' K-FAC.
 KFQN_CNN_2021: dict[str, Any] = {
     "pairs": "second_pass",

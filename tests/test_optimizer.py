@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from kfqn_core import KFQN, presets
 from kfqn_core.algebra import unvec, vec
 from kfqn_core.lab.checks import relative_error
-from kfqn_core.optimizer import refreshes
+from kfqn_core.options import refreshes
+from kfqn_core.update import Layer
 from tests.reference_kbfgs import ReferenceKBFGS, bfgs_formula
 
 WIDTHS = (6, 9, 4, 5)
@@ -173,6 +174,41 @@ def test_training_lowers_the_loss(preset):
     floor = 0.5 * WIDTHS[-1] * 0.3**2  # the targets carry noise of standard deviation 0.3 in each coordinate
     assert np.mean(losses[-10:]) - floor < 0.3 * (np.mean(losses[:3]) - floor)
     assert optimizer.skipped_steps == 0
+
+
+@pytest.mark.parametrize("step_length", ["raw", "normalised", "normalised_rows"])
+def test_heavy_ball_is_the_average_at_another_rate(step_length, monkeypatch):
+    """`M <- 0.9 M + G` at the rate 0.1 lr if raw, at the same rate if normalised: the documentation says so."""
+    averaged, ball = tanh_network(), tanh_network()
+    data = batches()
+    train(averaged, KFQN(averaged, lr=0.05, step_length=step_length), data, 6)
+
+    def accumulate(layer, weight_decay, momentum, finite):
+        G = layer.view.to_matrix(layer.weight.grad, layer.bias.grad)
+        layer.M.mul_(momentum).add_(G)
+
+    monkeypatch.setattr(Layer, "average_gradient", accumulate)
+    lr = 0.05 * (0.1 if step_length == "raw" else 1.0)
+    train(ball, KFQN(ball, lr=lr, step_length=step_length), data, 6)
+    for a, b in zip(averaged.parameters(), ball.parameters(), strict=True):
+        assert error(a, b) < 1e-12
+
+
+def test_linear_layers_may_differ():
+    """The mixture of the first version: a running A and double damping where layers are fully connected."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3)).double()
+    linear = {"activation_decay": 0.9, "pair_damping": "double"}
+    optimizer = KFQN(model, lr=0.05, **presets.KFQN_CNN_2021, linear=linear)
+    conv, full = optimizer.layers["0"], optimizer.layers["2"]
+    assert conv.activation.A is None
+    assert full.activation.A is not None
+    assert (conv.gradient.pair_damping, full.gradient.pair_damping) == ("levenberg-marquardt", "double")
+    data = [(torch.randn(8, 1, 4, 4).double(), torch.randn(8, 3).double())]
+    train(model, optimizer, data, 2, nn.functional.mse_loss)
+    with pytest.raises(ValueError, match=r"linear takes .* got \['rank'\]"):
+        KFQN(model, linear={"rank": 2})
+    with pytest.raises(ValueError, match="activation_decay must be"):
+        KFQN(model, linear={"activation_decay": 2.0})
 
 
 def test_refresh_grows_from_every_step_to_every_fifth():
