@@ -2,7 +2,7 @@
 
 `A` is written as `F F^T + diag(d - |F|^2)`, where `F` `[d_in, rank]` follows its leading eigenspace, `d` is its exact
 diagonal, and `|F|^2` are the squared lengths of the rows of `F`. Nothing of size `d_in x d_in` exists at any time, and
-the state is smaller than the layer's weight wherever the rank is below half its outputs (derived in chapter 6).
+the state is smaller than the layer's weight wherever that has more than `2 rank + 2` rows (derived in chapter 6).
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class KFQN(torch.optim.Optimizer):
             `lambda_G < 1`), or `"levenberg-marquardt"`, Powell on `H_g`, then `y + lambda_G s` (2021).
         activation_factor: how `H_a` is kept. `"action"`, a matrix, by Hessian action (the papers); `"low_rank"`, as a
             diagonal and `rank` directions; `"auto"`, low rank where a layer has more inputs than outputs, a matrix
-            elsewhere, which is never more state than Adam's; `"inverse"`, a matrix inverted at every update, the
+            elsewhere, which is then no larger than the weight; `"inverse"`, a matrix inverted at every update, the
             slow reference.
         rank: directions of a low-rank `H_a`.
         activation_decay: weight of the past in the running average of `A`; `None` takes the action of `A` from the
