@@ -115,7 +115,7 @@ class LowRankActivationFactor:
 
     def precondition(self, M: Tensor) -> Tensor:
         """`M H_a` for `M` `[groups, d_out, d_in]`."""
-        return M * self.e[..., None, :] - (M @ self.B) @ self.B.mT
+        return (M * self.e[..., None, :]).baddbmm_(M @ self.B, self.B.mT, alpha=-1)
 
     def _basis(self) -> Tensor:
         """An orthonormal basis of the columns of `F`, completed by waves where `F` has fewer than `rank` directions.

@@ -359,21 +359,19 @@ class KFQN(torch.optim.Optimizer):
         decay = 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
         for layer in layers:
             layer.average_gradient(decay, group["momentum"], finite)
-        directions = [layer.direction() for layer in layers]
+            D = layer.direction()
+            _shrink([p for p in (layer.weight, layer.bias) if p is not None], group, finite)
+            layer.move(D, torch.where(finite, group["lr"] * self._length(D), 0.0))
+
+    def _length(self, D: Tensor) -> Tensor:
+        """What `lr D` is multiplied by: of one entry, or `[groups, d_out, 1]`."""
+        if self._step_length == "raw":
+            return D.new_ones(1)
+        tiny = torch.finfo(D.dtype).tiny
         if self._step_length == "normalised":
-            norms = torch._foreach_norm(directions)
-            torch._foreach_div_(norms, [0.2 * math.sqrt(D.numel()) for D in directions])
-            lengths = group["lr"] / torch.stack(norms).clamp_min(torch.finfo(norms[0].dtype).tiny)
-        else:
-            lengths = directions[0].new_full((len(layers),), group["lr"])
-        if self._step_length == "normalised_rows":
-            for D in directions:
-                norms = torch.linalg.vector_norm(D, dim=-1, keepdim=True)
-                floor = ROW_FLOOR * norms.mean()
-                D.div_(norms.add_(floor).mul_(5.0 / math.sqrt(D.shape[-1])).clamp_min_(torch.finfo(D.dtype).tiny))
-        _shrink([p for layer in layers for p in (layer.weight, layer.bias) if p is not None], group, finite)
-        for layer, D, length in zip(layers, directions, torch.where(finite, lengths, 0.0).unbind(), strict=True):
-            layer.move(D, length)
+            return 0.2 * math.sqrt(D.numel()) / D.norm().clamp_min(tiny)
+        norms = torch.linalg.vector_norm(D, dim=-1, keepdim=True)
+        return 0.2 * math.sqrt(D.shape[-1]) / (norms + ROW_FLOOR * norms.mean()).clamp_min(tiny)
 
     def _move_rest(self, finite: Tensor) -> None:
         for group in self.param_groups[1:]:

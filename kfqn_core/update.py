@@ -97,12 +97,13 @@ class Layer:
 
     def average_gradient(self, weight_decay: float, momentum: float, finite: Tensor) -> None:
         """`M <- momentum M + (1 - momentum) ([dW | db] + weight_decay [W | b])`, where `finite` holds."""
-        assert self.weight.grad is not None
-        bias_grad = None if self.bias is None else self.bias.grad
-        G = self.view.to_matrix(self.weight.grad, bias_grad).to(self.M.dtype)
-        if weight_decay:
-            G = G.add(self.view.to_matrix(self.weight, self.bias), alpha=weight_decay)
-        self.M.lerp_(torch.where(finite, G, self.M), 1.0 - momentum)
+        for M, p in zip(self.view.from_matrix(self.M), (self.weight, self.bias), strict=True):
+            if M is None or p is None:
+                continue
+            assert p.grad is not None
+            G = p.grad.to(M.dtype)
+            G = G.add(p, alpha=weight_decay) if weight_decay else G
+            M.lerp_(torch.where(finite, G, M), 1.0 - momentum)  # a view: self.M moves
 
     def direction(self) -> Tensor:
         """`D = H_g M H_a`, `[groups, d_out, d_in]`: the inverse of the Kronecker-factored Hessian applied to `M`."""
@@ -110,11 +111,11 @@ class Layer:
         return D if self.gradient is None else self.gradient.inverse.apply(D)
 
     def move(self, D: Tensor, length: Tensor) -> None:
-        """`[W | b] <- [W | b] - length D`, with `D` `[groups, d_out, d_in]` and a scalar `length` on the device."""
+        """`[W | b] <- [W | b] - length D`; `D` `[groups, d_out, d_in]`, `length` one entry or `[groups, d_out, 1]`."""
         weight, bias = self.view.from_matrix(D)
-        self.weight.addcmul_(weight, length, value=-1)
+        self.weight.addcmul_(weight, length.reshape(-1, *[1] * (weight.dim() - 1)), value=-1)
         if self.bias is not None and bias is not None:
-            self.bias.addcmul_(bias, length, value=-1)
+            self.bias.addcmul_(bias, length.reshape(-1), value=-1)
 
     def pair_with(self, before: Record, after: Record, finite: Tensor) -> None:
         """`H_g` from the same mini-batch before and after the step, where `finite` holds.
