@@ -16,6 +16,7 @@ from tools import source
 from tools.manifest import Book, Chapter
 
 PACKAGE = "kfqn_core"
+BESIDE = "benchmarks"  # the comparison of chapter 13: not installed, but its protocol makes claims as well
 CLAIMS = ("prf:theorem", "prf:lemma", "prf:proposition", "prf:corollary")
 KEYS = ("verifies", "room", "test", "broken_by")
 FORBIDDEN_TAGS = ("skip-execution", "raises-exception")
@@ -92,10 +93,12 @@ def _cell_problems(cell: NotebookNode, broken_by: str) -> list[str]:
 
 
 def find_room(room: str) -> Any:
-    """The object of the package that `room` names; LookupError if there is none."""
-    found = importlib.import_module(PACKAGE)
-    path = PACKAGE
-    for name in room.split("."):
+    """The object that `room` names, below the package or, where it begins with `benchmarks`, beside it; LookupError if
+    there is none."""
+    full = room if room.startswith(f"{BESIDE}.") else f"{PACKAGE}.{room}"
+    path, *names = full.split(".")
+    found = importlib.import_module(path)
+    for name in names:
         path += f".{name}"
         try:
             found = getattr(found, name)
@@ -103,7 +106,7 @@ def find_room(room: str) -> Any:
             try:
                 found = importlib.import_module(path)
             except ImportError:
-                raise LookupError(f"room {PACKAGE}.{room} does not exist ({path})") from None
+                raise LookupError(f"room {full} does not exist ({path})") from None
     return found
 
 

@@ -58,6 +58,8 @@ def stamp(book: Book, chapter: Chapter) -> str:
     digest = hashlib.sha256(platform.python_version().encode())
     digest.update("\n".join([nbformat.writes(notebook), *trials(chapter, notebook)]).encode())
     package = sorted((book.root / ledger.PACKAGE).rglob("*.py"))
+    if f"from {ledger.BESIDE}" in nbformat.writes(notebook):
+        package += sorted(path for path in (book.root / ledger.BESIDE).rglob("*") if path.suffix in (".py", ".jsonl"))
     for path in [*package, book.root / "constraints.txt", Path(__file__), Path(verification.__file__)]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()

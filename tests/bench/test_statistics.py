@@ -60,3 +60,16 @@ def test_only_separate_intervals_have_an_order():
     frame = pd.DataFrame({"contestant": ["a", "b", "c"], "train loss": [1.0, 2.0, 4.0], "train low": [0.9, 1.4, 3.0],
                           "train high": [1.5, 2.5, 5.0]})  # fmt: skip
     assert expected_order(frame) == [("a", "c"), ("b", "c")]
+
+
+def test_bootstrap_of_five_seeds_covers_less_than_it_says():
+    # Chapter 13: about P(|t_4| <= 1.96 sqrt(4/5)) = 0.846. 400 trials resolve it to 0.018; five deviations are allowed.
+    samples = np.random.default_rng(0).normal(size=(400, 5))
+    covered = np.mean([low <= 0 <= high for _, low, high in map(mean_interval, samples)])
+    assert abs(covered - 0.846) < 5 * 0.018
+
+
+def test_a_factor_that_seeds_share_changes_no_pair():
+    rng = np.random.default_rng(0)
+    ours, theirs, shared = np.exp(rng.normal(size=(3, 5)))
+    assert paired_p(shared * ours, shared * theirs) == pytest.approx(paired_p(ours, theirs), rel=1e-9)

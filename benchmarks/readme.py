@@ -1,0 +1,75 @@
+"""README's table and figure: what the comparison comes to, between two markers, from the results alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from benchmarks.problems import TASKS
+from benchmarks.tables import HERO
+
+__all__ = ["BEGIN", "END", "FIGURE", "PROBLEMS", "README", "finalists", "table", "updated"]
+
+README = Path(__file__).parent.parent / "README.md"
+FIGURE = Path(__file__).parent / "figures" / "loss-against-time.svg"
+BEGIN, END = "<!-- written by `python -m benchmarks report` -->", "<!-- end -->"
+PROBLEMS = tuple(key for key, task in TASKS.items() if task.steps is not None)
+METHODS = ("kfqn", "kbfgs", "kfqn-2022", "sgd", "adam", "muon", "soap", "shampoo", "psgd", "kfac")  # no variants
+
+
+def finalists(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `tables.summary` that README shows: the short horizon at equal wall time."""
+    return frame[(frame["horizon"] == 1) & (frame["budget"] == "wall") & frame["method"].isin(METHODS)]
+
+
+def table(frame: pd.DataFrame) -> str:
+    """Training loss at equal wall time, a row per contestant and a column per problem; - where nothing was run.
+
+    Bold: the lowest mean, and every mean whose interval reaches into that of the lowest. Last columns: cost of a step
+    and size of the state, smallest to largest over the problems. Methods stand in the order of their mean rank over
+    the problems; one without any result is left out. A last line says how many seeds a mean has.
+    """
+    rows = finalists(frame)
+    keys = [key for key in PROBLEMS if (rows["problem"] == key).any()]
+    places = rows.assign(rank=rows.groupby("problem")["train loss"].rank()).groupby("contestant")["rank"].mean()
+    lines = [f"| | {' | '.join(keys)} | step / Adam | state / Adam |", "|---" * (len(keys) + 3) + "|"]
+    for contestant in places.sort_values(kind="stable").index:
+        own = rows[rows["contestant"] == contestant].set_index("problem")
+        cells = [_cell(rows[rows["problem"] == key], contestant) for key in keys]
+        spans = [_span(own["step / Adam"]), _span(own["state / Adam"])]
+        name = f"**{contestant}**" if contestant == HERO else contestant
+        lines.append(f"| {' | '.join([name, *cells, *spans])} |")
+    fewest, most = rows["seeds"].min(), rows["seeds"].max()
+    seeds = f"{most}" if fewest == most else f"{fewest} to {most}"
+    return "\n".join([*lines, "", f"Means over {seeds} fresh seeds."])
+
+
+def _cell(part: pd.DataFrame, contestant: str) -> str:
+    own = part[part["contestant"] == contestant]
+    if own.empty:
+        return "-"
+    row = own.iloc[0]
+    if pd.isna(row["train loss"]):
+        return "diverged"
+    best = part.loc[part["train loss"].idxmin()]
+    text = f"{row['train loss']:.3g}" + ("*" if row["edge of grid"] else "")
+    return f"**{text}**" if row["train low"] <= best["train high"] else text
+
+
+def _span(values: pd.Series) -> str:
+    low, high = (f"{value:.2f}" for value in (values.min(), values.max()))
+    return low if low == high else f"{low} to {high}"
+
+
+def updated(frame: pd.DataFrame) -> str:
+    """README's text with the table of `frame` between the markers.
+
+    Raises:
+        ValueError: if README lacks a marker.
+    """
+    text = README.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text.partition(BEGIN)[2]:
+        raise ValueError(f"{README} must hold the lines {BEGIN!r} and, after it, {END!r}: the table goes between them")
+    before, _, rest = text.partition(BEGIN)
+    return f"{before}{BEGIN}\n{table(frame)}\n{END}{rest.partition(END)[2]}"

@@ -1,0 +1,33 @@
+"""Length and direction are two decisions: what the normalised step does not see."""
+
+import pytest
+import torch
+from torch import nn
+
+from kfqn_core import KFQN
+
+
+def moved(step_length, scales):
+    """How far five steps move the parameters if each layer's gradient is multiplied by its scale."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+        batches = torch.randn(5, 16, 5).double()
+    start = nn.utils.parameters_to_vector(net.parameters()).clone()
+    optimizer = KFQN(net, step_length=step_length)
+    for x in batches:
+        optimizer.zero_grad()
+        net(x).square().sum(1).mean().backward()
+        for layer, scale in zip(net[::2], scales, strict=True):
+            layer.weight.grad *= scale
+            layer.bias.grad *= scale
+        optimizer.step()
+    return nn.utils.parameters_to_vector(net.parameters()).detach() - start
+
+
+@pytest.mark.parametrize("step_length", ["normalised", "normalised_rows"])
+def test_the_scale_of_a_layers_gradient_changes_no_step(step_length):
+    # Only roundings differ; a factor in one layer alone changes the raw step by orders of magnitude.
+    torch.testing.assert_close(moved(step_length, (1e-6, 1e3, 1.0)), moved(step_length, (1.0, 1.0, 1.0)), rtol=1e-8,
+                               atol=1e-12)  # fmt: skip
+    assert not torch.allclose(moved("raw", (1e-6, 1e3, 1.0)), moved("raw", (1.0, 1.0, 1.0)))
