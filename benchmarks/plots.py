@@ -20,7 +20,7 @@ TITLES = {
     "P2": "P2: digits autoencoder",
     "P3": "P3: digits CNN",
     "P5": "P5: photographs CNN",
-    "P6": "P6: the same, no batch norm",
+    "P6": "P6: P5 without batch norm",
     "P7": "P7: P2 with tanh",
 }
 CONTESTANTS = (HERO, "Muon", "SOAP", "Adam", "SGD with momentum", "K-BFGS 2020")  # one per colour of the shared style

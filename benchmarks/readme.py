@@ -53,7 +53,7 @@ def _cell(part: pd.DataFrame, contestant: str) -> str:
     if pd.isna(row["train loss"]):
         return "diverged"
     best = part.loc[part["train loss"].idxmin()]
-    text = f"{row['train loss']:.3g}" + ("*" if row["edge of grid"] else "")
+    text = f"{row['train loss']:.4g}" + ("*" if row["edge of grid"] else "")
     return f"**{text}**" if row["train low"] <= best["train high"] else text
 
 
