@@ -6,6 +6,7 @@ both sides of a ratio; the median over turns ignores the turns in which somethin
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -22,7 +23,11 @@ from kfqn_core.options import refreshes
 
 __all__ = ["Ratio", "StepCost", "paired_ratios", "step_cost", "stepper"]
 
-TURNS = 15  # the median's 95 % interval then runs from the 4th to the 12th turn
+TURNS = 31  # the median's 95 % interval then runs from the 11th to the 21st turn
+STEPS, SECONDS = (
+    4,
+    0.05,
+)  # a turn has as many steps at least, and lasts as long: a scheduler's slice is some milliseconds
 REFERENCES = ("adam", "sgd")
 NEVER = 10**9  # a refresh interval that no run reaches
 
@@ -99,6 +104,15 @@ def stepper(task: Task, method: Method, *, warm_up: int = 3) -> tuple[Callable[[
     return step, optimizer
 
 
+def _steps_per_turn(step: Callable[[], None], period: int) -> int:
+    """The smallest number of whole periods that makes a turn."""
+    start = time.perf_counter()
+    for _ in range(STEPS):
+        step()
+    estimate = (time.perf_counter() - start) / STEPS
+    return period * math.ceil(max(STEPS, SECONDS / estimate) / period)
+
+
 @dataclass(frozen=True)
 class StepCost:
     """A method's step on one problem: against Adam's and SGD's in time, against Adam's in bytes of state."""
@@ -125,11 +139,13 @@ def step_cost(task: Task, name: str, *, turns: int = TURNS) -> StepCost:
         weights = {"updating": share, "coasting": 1.0 - share}
     made = {entry: stepper(task, part) for entry, part in parts.items()}
     made |= {entry: stepper(task, METHODS[entry]) for entry in REFERENCES if entry not in made}
-    # A turn covers whole periods of the method, and is long enough for a clock to see.
-    count = method.period * -(-4 // method.period)
+    # A turn covers whole periods of the method.
+    per_turn = {
+        entry: _steps_per_turn(step, method.period if entry in parts else 1) for entry, (step, _) in made.items()
+    }
     seconds = paired_ratios(
         {entry: step for entry, (step, _) in made.items()},
-        {entry: count if entry in parts else 4 for entry in made},
+        per_turn,
         turns=turns,
         label=f"{task.key} {name}",
     )
