@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.methods import METHODS
 from benchmarks.problems import TASKS
-from benchmarks.protocol import budget_steps, measured_ratio, run, score
+from benchmarks.protocol import budget_steps, fresh_seeds, measured_ratio, run, score
 from benchmarks.records import Results
 from benchmarks.tables import summary
 
@@ -61,6 +61,6 @@ def _fresh_means(key: str, part: pd.DataFrame, seeds: int) -> dict[str, float]:
             method = METHODS[row["method"]]
             ratio = measured_ratio(task, method, here)
             steps = 1 if ratio is None else budget_steps(task.steps, 1, ratio, "wall")
-            losses = [score(run(task, method, row["lr"], seed, steps)) for seed in range(1, seeds + 1)]
+            losses = [score(run(task, method, row["lr"], seed, steps)) for seed in fresh_seeds(seeds)]
             means[row["contestant"]] = float("inf") if ratio is None else float(np.mean(losses))
     return means

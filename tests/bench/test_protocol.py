@@ -112,7 +112,7 @@ def test_a_contest_is_four_rates_on_seed_0_and_the_rates_that_count_on_fresh_see
     tuned = best_rate(TASK, METHODS["kfqn"], results, 5)
     assert [r["lr"] for r in runs if r["seed"] == 0] == list(METHODS["kfqn"].grid(TASK))
     assert {(r["lr"], r["seed"], r["steps"]) for r in runs if r["seed"]} == {
-        (lr, seed, steps) for lr in (tuned, 0.03) for seed in (1, 2) for steps in (5, 10)
+        (lr, seed, steps) for lr in (tuned, 0.03) for seed in (2, 3) for steps in (5, 10)
     }
 
 
