@@ -20,7 +20,7 @@ from torch import nn
 from kfqn_core import KFQN
 from kfqn_core.layers import LayerView
 from kfqn_core.low_rank import ROWS
-from kfqn_core.update import curvature_layers
+from kfqn_core.update import activation_factors, curvature_layers
 
 __all__ = ["Shape", "floor", "floor_ratio", "forward_backward", "shapes"]
 
@@ -80,7 +80,12 @@ def floor(name: str, settings: Mapping[str, Any], layers: list[Shape]) -> float 
     if name == "muon":
         return forward_backward(layers) + sum(_orthogonalise(layer) for layer in layers)
     if name.startswith(("kfqn", "kbfgs")) and settings.get("activation_factor") != "inverse":
-        return forward_backward(layers) + sum(_quasi_newton(layer, settings) for layer in layers)
+        options = {**DEFAULTS, **settings}
+        kinds = [options["activation_factor"]] * len(layers)
+        if options["activation_factor"] == "auto":
+            kinds = activation_factors(layers, options["rank"])
+        ours = (_quasi_newton(layer, kind, options) for layer, kind in zip(layers, kinds, strict=True))
+        return forward_backward(layers) + sum(ours)
     return None
 
 
@@ -97,14 +102,13 @@ def _orthogonalise(layer: Shape) -> int:
     return 5 * (2 * k * k * n + 2 * k**3 + 2 * k * k * n)
 
 
-def _quasi_newton(layer: Shape, settings: Mapping[str, Any]) -> float:
+def _quasi_newton(layer: Shape, activation_factor: str, options: Mapping[str, Any]) -> float:
     """What KFQN adds on a layer, in a step, on average."""
-    options = {**DEFAULTS, **settings}
     refresh, rank = options["refresh"] or 1, options["rank"]
     d_i, d_o, groups = layer.d_in, layer.d_out, layer.groups
     samples = layer.m * layer.T
     always = 0
-    if _is_low_rank(layer, options):
+    if activation_factor == "low_rank" and 2 * rank < d_i:
         direction = 4 * d_o * d_i * rank  # (M B) B^T
         seen = samples / max(1, round(samples / ROWS))
         update = 4 * seen * d_i * rank + 8 * d_i * rank**2  # the action on `rank` vectors, and four small products
@@ -125,10 +129,3 @@ def _quasi_newton(layer: Shape, settings: Mapping[str, Any]) -> float:
         # Forward, and backward to the pre-activations: no weight gradients.
         again = (1 if layer.first else 2) * layer.product
     return groups * (direction + always + update / refresh) + again / refresh
-
-
-def _is_low_rank(layer: Shape, options: Mapping[str, Any]) -> bool:
-    """Where KFQN keeps `rank` directions in place of a matrix (`activation_factor` in its documentation)."""
-    factor = options["activation_factor"]
-    smaller = 2 * options["rank"] < layer.d_in
-    return smaller and (factor == "low_rank" or (factor == "auto" and layer.d_in > layer.d_out))

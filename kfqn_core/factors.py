@@ -29,8 +29,8 @@ def acceptable(s: Tensor, y: Tensor, v: Tensor) -> Tensor:
     Returns:
         Boolean `[...]`. False for anything that is not finite: a comparison with NaN is false.
     """
-    sy = (s * y).sum(-1)
-    return (sy > CURVATURE_TEST * (s * s).sum(-1) * v.norm(dim=-1)) & torch.isfinite(sy)
+    sy, ss = torch.linalg.vecdot(s, y), torch.linalg.vecdot(s, s)
+    return (sy > CURVATURE_TEST * ss * torch.linalg.vector_norm(v, dim=-1)) & (sy < torch.inf)
 
 
 class DenseInverse:
@@ -138,7 +138,7 @@ class ActivationFactor:
         a_mean = record.mean_input().to(H.dtype)
         s = (H @ a_mean[..., None])[..., 0]
         action = record.activation_action(s) if self.A is None else (self.A @ s[..., None])[..., 0]
-        y = action.to(H.dtype) + self.damping * s
+        y = torch.add(action.to(H.dtype), s, alpha=self.damping)
         self.inverse.append(s, y, acceptable(s, y, a_mean) & finite)
 
 

@@ -169,11 +169,9 @@ class LinearView(LayerView):
         # The trailing 1 of every a, without a copy of the batch that carries it: it adds V's last row to each a . v and
         # collects their sum.
         if self.has_bias:
-            scores = torch.addmm(V[-1:], rows, V[:-1])
-            total = torch.cat([rows.mT @ scores, scores.sum(0, keepdim=True)])
-        else:
-            total = rows.mT @ (rows @ V)
-        return (total / samples).reshape(v.shape)
+            scores = torch.addmm(V[-1:], rows, V[:-1], beta=1 / samples, alpha=1 / samples)
+            return torch.cat([rows.mT @ scores, scores.sum(0, keepdim=True)]).view(v.shape)
+        return (rows.mT @ (rows @ V / samples)).view(v.shape)
 
 
 class ConvView(LayerView):

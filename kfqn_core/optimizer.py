@@ -20,7 +20,7 @@ from kfqn_core.distributed import refuse_shards
 from kfqn_core.layers import LinearView
 from kfqn_core.options import check_options, of_linear_layers, refreshes
 from kfqn_core.second_pass import SecondPass, cuda_devices, restored
-from kfqn_core.update import Layer, curvature_layers
+from kfqn_core.update import Layer, activation_factors, average_gradients, curvature_layers, move
 
 # Of the mean length of the rows of D: a unit whose gradient is smaller than that is hardly used, and moves less.
 ROW_FLOOR = 1e-3
@@ -54,9 +54,8 @@ class KFQN(torch.optim.Optimizer):
         pair_damping: how a pair is made safe: `"double"`, Powell on `H_g`, then on the identity (2020; needs
             `lambda_G < 1`), or `"levenberg-marquardt"`, Powell on `H_g`, then `y + lambda_G s` (2021).
         activation_factor: how `H_a` is kept. `"action"`, a matrix, by Hessian action (the papers); `"low_rank"`, as a
-            diagonal and `rank` directions; `"auto"`, low rank where a layer has more inputs than outputs, a matrix
-            elsewhere, which is then no larger than the weight; `"inverse"`, a matrix inverted at every update, the
-            slow reference.
+            diagonal and `rank` directions; `"auto"`, matrices as long as the state stays below Adam's, low rank for the
+            largest (`activation_factors`); `"inverse"`, a matrix inverted at every update, the slow reference.
         rank: directions of a low-rank `H_a`.
         activation_decay: weight of the past in the running average of `A`; `None` takes the action of `A` from the
             current mini-batch and keeps no `A`.
@@ -69,7 +68,7 @@ class KFQN(torch.optim.Optimizer):
         weight_decay: tau, added to the gradient as `tau [W | b]`, biases included.
         decoupled_weight_decay: multiply all parameters by `1 - lr tau` instead.
         refresh: curvature is updated every `refresh` steps; only these steps pay for a second pass. `None` begins with
-            every step, where curvature changes fastest, and grows the interval to five steps (`refreshes`).
+            every step, where curvature changes fastest, and grows the interval to ten steps (`refreshes`).
         step_length: `"raw"` moves layers by `lr D`, and other parameters by `lr` times their averaged gradient (the
             papers); `"normalised"` moves layers by `lr 0.2 sqrt(numel D) / ||D||_F D`, and others by Adam, same lr;
             `"normalised_rows"` does so for each row of D, that is for the weights of each output unit, alone.
@@ -133,11 +132,16 @@ class KFQN(torch.optim.Optimizer):
                 f"{type(model).__name__} has no linear or convolutional layer with trainable parameters of its own, so "
                 "there is nothing for KFQN to do: unfreeze a layer, or use another optimizer"
             )
+        views = [layer_view for _, layer_view in modules.values()]
+        kinds = activation_factors(views, rank) if activation_factor == "auto" else [activation_factor] * len(views)
         self._layers = [
-            Layer.build(name, module, layer_view, **(kept_linear if isinstance(layer_view, LinearView) else kept))
-            for name, (module, layer_view) in modules.items()
-        ]
-        curvature = [p for layer in self._layers for p in (layer.weight, layer.bias) if p is not None]
+            Layer.build(
+                name, module, layer_view,
+                **{**(kept_linear if isinstance(layer_view, LinearView) else kept), "activation_factor": kind},
+            )
+            for (name, (module, layer_view)), kind in zip(modules.items(), kinds, strict=True)
+        ]  # fmt: skip
+        curvature = [p for layer in self._layers for p in layer.parameters]
         groups: list[dict[str, Any]] = [{"params": curvature}]
         if rest:
             groups.append({"params": list(rest.values())})
@@ -260,12 +264,13 @@ class KFQN(torch.optim.Optimizer):
             with self._no_autocast():
                 for layer in layers:
                     layer.pair_with(records[layer.name], after[layer.name], finite)
-        with self._no_autocast():
-            for layer in layers:
-                if self._pairs == "next_batch":
-                    layer.pair_with_last(records[layer.name], refresh, finite)
-                if refresh:
-                    layer.activation.update(records[layer.name], finite)
+        if refresh or self._pairs == "next_batch":
+            with self._no_autocast():
+                for layer in layers:
+                    if self._pairs == "next_batch":
+                        layer.pair_with_last(records[layer.name], refresh, finite)
+                    if refresh:
+                        layer.activation.update(records[layer.name], finite)
         self._steps += 1
         return loss
 
@@ -357,21 +362,30 @@ class KFQN(torch.optim.Optimizer):
     def _move(self, layers: list[Layer], finite: Tensor) -> None:
         group = self.param_groups[0]
         decay = 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
-        for layer in layers:
-            layer.average_gradient(decay, group["momentum"], finite)
-            D = layer.direction()
-            _shrink([p for p in (layer.weight, layer.bias) if p is not None], group, finite)
-            layer.move(D, torch.where(finite, group["lr"] * self._length(D), 0.0))
+        average_gradients(layers, decay, group["momentum"], finite)
+        directions = [layer.direction() for layer in layers]
+        _shrink([p for layer in layers for p in layer.parameters], group, finite)
+        lengths = self._lengths(directions, group["lr"])
+        torch._foreach_mul_(lengths, finite.to(directions[0].dtype))
+        move(layers, directions, lengths)
 
-    def _length(self, D: Tensor) -> Tensor:
-        """What `lr D` is multiplied by: of one entry, or `[groups, d_out, 1]`."""
+    def _lengths(self, directions: list[Tensor], lr: float) -> list[Tensor]:
+        """What each D is multiplied by: of one entry, or `[groups, d_out, 1]`."""
         if self._step_length == "raw":
-            return D.new_ones(1)
-        tiny = torch.finfo(D.dtype).tiny
+            return [D.new_full((1,), lr) for D in directions]
         if self._step_length == "normalised":
-            return 0.2 * math.sqrt(D.numel()) / D.norm().clamp_min(tiny)
-        norms = torch.linalg.vector_norm(D, dim=-1, keepdim=True)
-        return 0.2 * math.sqrt(D.shape[-1]) / (norms + ROW_FLOOR * norms.mean()).clamp_min(tiny)
+            norms = list(torch._foreach_norm(directions))
+            sizes = [D.numel() for D in directions]
+        else:
+            norms = [torch.linalg.vector_norm(D, dim=-1, keepdim=True) for D in directions]
+            floors = torch._foreach_norm(norms, 1)
+            torch._foreach_mul_(floors, [ROW_FLOOR / n.numel() for n in norms])
+            torch._foreach_add_(norms, floors)
+            sizes = [D.shape[-1] for D in directions]
+        torch._foreach_clamp_min_(norms, torch.finfo(directions[0].dtype).tiny)
+        torch._foreach_reciprocal_(norms)
+        torch._foreach_mul_(norms, [lr * 0.2 * math.sqrt(size) for size in sizes])
+        return norms
 
     def _move_rest(self, finite: Tensor) -> None:
         for group in self.param_groups[1:]:

@@ -52,16 +52,17 @@ def bfgs_inverse_update_(H: Tensor, s: Tensor, y: Tensor, keep: Tensor) -> None:
     TypeError, ValueError : as `bfgs_inverse_update`.
     """
     _check_update(H, s, y)
-    column = y.unsqueeze(-1)
-    left, right = _rank_two((H @ column + H.mT @ column).squeeze(-1) / 2, s, y)
+    n = H.shape[-1]
+    matrices, columns = H.view(-1, n, n), y.reshape(-1, n, 1)
+    Hy = torch.baddbmm(matrices @ columns, matrices.mT, columns, beta=0.5, alpha=0.5)
+    left, right = _rank_two(Hy.view(s.shape), s, y)
     factors = torch.stack([left, right], dim=-1)
     # No entry of a positive definite matrix exceeds its trace, and none of the change the product of these norms:
-    # whether H+ is finite is known without looking at it.
+    # whether H+ is finite is known without looking at it. (No comparison holds for NaN.)
     largest = torch.linalg.vector_norm(factors, torch.inf, dim=-2).prod(-1)
-    keep = keep & torch.isfinite(2 * largest + H.diagonal(dim1=-2, dim2=-1).sum(-1))
-    factors = torch.where(keep[..., None, None], factors, 0.0)
-    n = H.shape[-1]
-    H.view(-1, n, n).baddbmm_(factors.reshape(-1, n, 2), factors.flip(-1).mT.reshape(-1, 2, n))
+    keep = keep & (2 * largest + H.diagonal(dim1=-2, dim2=-1).sum(-1) < torch.inf)
+    factors = torch.where(keep[..., None, None], factors, 0.0).view(-1, n, 2)
+    matrices.baddbmm_(factors, factors.flip(-1).mT)
 
 
 class LimitedMemoryInverse:
@@ -158,8 +159,8 @@ class LimitedMemoryInverse:
 
 def _rank_two(Hy: Tensor, s: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """`l`, `r` with `H+ = H + l r^T + r l^T`."""
-    sy = (s * y).sum(-1, keepdim=True)
-    yHy = (y * Hy).sum(-1, keepdim=True)
+    sy = torch.linalg.vecdot(s, y).unsqueeze(-1)
+    yHy = torch.linalg.vecdot(y, Hy).unsqueeze(-1)
     # rho appears once in each factor, never squared: rho^2 y^T H y overflows long before H+ does.
     return (1 + yHy / sy) / 2 * s - Hy, s / sy
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,10 @@ from kfqn_core.capture import Record
 from kfqn_core.factors import ActivationFactor, ExactActivationFactor, GradientFactor
 from kfqn_core.layers import LayerView, UnsupportedLayer, view
 from kfqn_core.low_rank import LowRankActivationFactor
+
+# Inputs of the widest layer that "auto" gives a matrix: M H_a costs d_in / (3 N T) of a forward and backward pass, more
+# than the pass itself in wide layers with small mini-batches.
+WIDEST = 512
 
 
 @dataclass
@@ -35,6 +40,28 @@ class Layer:
     g_last: Tensor | None
     damping: float
     damping_split: str
+    _momenta: list[Tensor] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._momenta = self.parts(self.M)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            key: value for key, value in vars(self).items() if key != "_momenta"
+        }  # a pickle would cut its memory off
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._momenta = self.parts(self.M)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The weight, and the bias if there is one."""
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    def parts(self, W: Tensor) -> list[Tensor]:
+        """Views of `W` `[groups, d_out, d_in]`, one for each of `parameters` and shaped like it."""
+        return [part for part in self.view.from_matrix(W) if part is not None]
 
     @classmethod
     def build(
@@ -54,7 +81,10 @@ class Layer:
         pair_momentum: float,
         mu1: float,
     ) -> Layer:
-        """Allocate the state of one layer beside its weight, in float32 at least. The options are those of `KFQN`."""
+        """Allocate the state of one layer beside its weight, in float32 at least.
+
+        The options are those of `KFQN`, but for `"auto"`, which is decided over all layers (`activation_factors`).
+        """
         weight, bias = module.weight, module.bias
         assert isinstance(weight, nn.Parameter)
         assert bias is None or isinstance(bias, nn.Parameter)
@@ -64,7 +94,7 @@ class Layer:
         }
         M = torch.zeros(layer_view.groups, layer_view.d_out, layer_view.d_in, **like)
         activation: ActivationFactor | LowRankActivationFactor
-        if _is_low_rank(activation_factor, layer_view, rank):
+        if activation_factor == "low_rank" and 2 * rank < layer_view.d_in:  # elsewhere a matrix is smaller
             activation = LowRankActivationFactor(layer_view, damping, rank, **like)
         else:
             kind = ExactActivationFactor if activation_factor == "inverse" else ActivationFactor
@@ -95,27 +125,10 @@ class Layer:
         self.activation.damping = math.sqrt(self.damping * T)
         self.gradient.damping = math.sqrt(self.damping / T)
 
-    def average_gradient(self, weight_decay: float, momentum: float, finite: Tensor) -> None:
-        """`M <- momentum M + (1 - momentum) ([dW | db] + weight_decay [W | b])`, where `finite` holds."""
-        for M, p in zip(self.view.from_matrix(self.M), (self.weight, self.bias), strict=True):
-            if M is None or p is None:
-                continue
-            assert p.grad is not None
-            G = p.grad.to(M.dtype)
-            G = G.add(p, alpha=weight_decay) if weight_decay else G
-            M.lerp_(torch.where(finite, G, M), 1.0 - momentum)  # a view: self.M moves
-
     def direction(self) -> Tensor:
         """`D = H_g M H_a`, `[groups, d_out, d_in]`: the inverse of the Kronecker-factored Hessian applied to `M`."""
         D = self.activation.precondition(self.M)
         return D if self.gradient is None else self.gradient.inverse.apply(D)
-
-    def move(self, D: Tensor, length: Tensor) -> None:
-        """`[W | b] <- [W | b] - length D`; `D` `[groups, d_out, d_in]`, `length` one entry or `[groups, d_out, 1]`."""
-        weight, bias = self.view.from_matrix(D)
-        self.weight.addcmul_(weight, length.reshape(-1, *[1] * (weight.dim() - 1)), value=-1)
-        if self.bias is not None and bias is not None:
-            self.bias.addcmul_(bias, length.reshape(-1), value=-1)
 
     def pair_with(self, before: Record, after: Record, finite: Tensor) -> None:
         """`H_g` from the same mini-batch before and after the step, where `finite` holds.
@@ -155,16 +168,57 @@ class Layer:
         }
 
 
-def _is_low_rank(activation_factor: str, layer_view: LayerView, rank: int) -> bool:
-    """Whether a layer keeps a low-rank `H_a`: if that is asked for and smaller, `"auto"` where it also pays.
+# A step does the same few things to every layer. Taken over all layers at once they are few kernels on a GPU, and few
+# calls elsewhere.
 
-    A dense `H_a` is larger than the weight exactly where the layer has more inputs than outputs; elsewhere it costs
-    less than Adam's second moment.
+
+def average_gradients(layers: Sequence[Layer], weight_decay: float, momentum: float, finite: Tensor) -> None:
+    """`M <- momentum M + (1 - momentum) ([dW | db] + weight_decay [W | b])`, where `finite` holds."""
+    momenta = [M for layer in layers for M in layer._momenta]
+    params = [p for layer in layers for p in layer.parameters]
+    gradients = [p.grad.to(M.dtype) for M, p in zip(momenta, params, strict=True) if p.grad is not None]
+    if weight_decay:
+        gradients = torch._foreach_add(gradients, params, alpha=weight_decay)
+    gradients = [torch.where(finite, G, M) for G, M in zip(gradients, momenta, strict=True)]
+    torch._foreach_lerp_(momenta, gradients, 1.0 - momentum)  # views: every layer's M moves
+
+
+def move(layers: Sequence[Layer], directions: Sequence[Tensor], lengths: Sequence[Tensor]) -> None:
+    """`[W | b] <- [W | b] - length D`; `D` `[groups, d_out, d_in]`, `length` one entry or `[groups, d_out, 1]`."""
+    params = [p for layer in layers for p in layer.parameters]
+    parts = [part for layer, D in zip(layers, directions, strict=True) for part in layer.parts(D)]
+    factors = [
+        length.reshape(-1, *[1] * (p.dim() - 1))
+        for layer, length in zip(layers, lengths, strict=True) for p in layer.parameters
+    ]  # fmt: skip
+    torch._foreach_addcmul_(params, parts, factors, -1.0)
+
+
+class Sizes(Protocol):
+    """What is asked of a layer to decide how its `H_a` is kept."""
+
+    groups: int
+    d_in: int
+    d_out: int
+
+
+def activation_factors(layers: Sequence[Sizes], rank: int) -> list[str]:
+    """What `activation_factor="auto"` stands for in each layer: `"action"` or `"low_rank"`.
+
+    Matrices as long as the factors of all layers together hold no more numbers than the weights, which is what Adam
+    keeps as second moments; beyond that the largest gives way first, and of equal ones the last (the first was worse,
+    benchmarks/NOTES.md). And none for a layer with more than `WIDEST` inputs.
     """
-    smaller = 2 * rank < layer_view.d_in
-    if activation_factor == "auto":
-        return smaller and layer_view.d_in > layer_view.d_out
-    return smaller and activation_factor == "low_rank"
+    low_rank = [(2 * rank + 2) * layer.groups * layer.d_in for layer in layers]
+    dense = [layer.groups * layer.d_in**2 for layer in layers]
+    weights = sum(layer.groups * layer.d_out * layer.d_in for layer in layers)
+    kinds = ["low_rank" if layer.d_in > WIDEST else "action" for layer in layers]
+    for i in sorted(range(len(layers)), key=lambda i: (-dense[i], -i)):
+        held = sum(a if kind == "action" else b for kind, a, b in zip(kinds, dense, low_rank, strict=True))
+        if held <= weights or dense[i] <= low_rank[i]:
+            break
+        kinds[i] = "low_rank"
+    return kinds
 
 
 def curvature_layers(model: nn.Module) -> tuple[dict[str, tuple[nn.Module, LayerView]], dict[str, nn.Parameter]]:

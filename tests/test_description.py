@@ -1,10 +1,15 @@
 """The table that says what the optimizer will do."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from kfqn_core import KFQN, describe, presets
+from kfqn_core.factors import ActivationFactor
+from kfqn_core.low_rank import LowRankActivationFactor
+from kfqn_core.update import activation_factors
 
 
 def model():
@@ -43,3 +48,35 @@ def test_describing_changes_nothing():
     assert torch.equal(state, torch.get_rng_state())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
     assert all(p.device.type == "cpu" for p in network.parameters())
+
+
+def sizes(*layers):
+    return [SimpleNamespace(groups=1, d_in=d_in, d_out=d_out) for d_in, d_out in layers]
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        # Worked out by hand: matrices of d_in^2 against weights d_in d_out, a low-rank factor of 34 d_in.
+        (sizes((64, 64)), "dense"),  # 4096 = 4096
+        (sizes((65, 64)), "low"),  # 4225 > 4160
+        (sizes((65, 64), (65, 128)), "dense dense"),  # the second layer's budget is left over for the first
+        (sizes((513, 4096)), "low"),  # small enough, but too wide
+        (
+            sizes((129, 64), *[(65, 128)] * 2, (129, 64)),
+            "dense dense dense low",
+        ),  # of equal ones the last
+        (sizes((200, 40), (100, 40), (34, 30)), "low low dense"),  # at 34 inputs low rank would be no smaller
+    ],
+)
+def test_auto_keeps_matrices_within_the_memory_of_adam(layers, expected):
+    words = {"action": "dense", "low_rank": "low"}
+    assert " ".join(words[kind] for kind in activation_factors(layers, rank=16)) == expected
+
+
+def test_auto_is_what_the_layers_get():
+    model = nn.Sequential(nn.Conv2d(3, 40, 3), nn.Flatten(), nn.Linear(640, 80), nn.Linear(80, 90))
+    kinds = {name: type(layer.activation) for name, layer in KFQN(model).layers.items()}
+    assert kinds == {"0": ActivationFactor, "2": LowRankActivationFactor, "3": ActivationFactor}
+    table = describe(model)
+    assert table.state_bytes <= table.adam_bytes
