@@ -232,20 +232,53 @@ class ConvView(LayerView):
 
     def activation_action(self, x: Tensor, v: Tensor) -> Tensor:
         self._check_vectors(v)
-        x = self._padded(x)
+        self._check_images(x, self._channels, self._smallest, "input")
         dtype = torch.promote_types(_at_least_float32(x).dtype, v.dtype)
-        x, V = x.to(dtype), v.reshape(self.groups, self.d_in, -1).to(dtype)
+        V = v.reshape(self.groups, self.d_in, -1).to(dtype)
         filters, bias = (V[:, :-1], V[:, -1].flatten()) if self.has_bias else (V, None)
-        filters = filters.mT.reshape(-1, *self.weight_shape[1:])
-        zeros = [0] * len(self.kernel)
-        scores = torch.convolution(
-            x, filters, bias, self.stride, zeros, self.dilation, False, zeros, self.groups
-        )  # [N, groups * k, *T], every a . v
-        total = self._weight_gradient(x, scores)
+        few_positions = math.prod(self.kernel) <= self._channels // self.groups
+        if V.shape[-1] == 1 and few_positions and max(self.stride) == 1:
+            scores, total = self._scores_by_shifts(x.to(dtype), filters, bias)
+        else:
+            x = self._padded(x).to(dtype)
+            filters = filters.mT.reshape(-1, *self.weight_shape[1:])
+            zeros = [0] * len(self.kernel)
+            scores = torch.convolution(
+                x, filters, bias, self.stride, zeros, self.dilation, False, zeros, self.groups
+            )  # [N, groups * k, *T], every a . v
+            total = self._weight_gradient(x, scores)
         if self.has_bias:
             sums = scores.flatten(2).sum(dim=(0, 2)).reshape(self.groups, 1, -1)
             total = torch.cat([total, sums], dim=1)
         return (total / x.shape[0]).reshape(v.shape)
+
+    def _scores_by_shifts(self, x: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`a . v` at all locations `[N, groups, *T]`, and the sum over them of patch times score, `[groups, d, 1]`.
+
+        For one vector per group and stride 1. Channels are summed first, in matrix products with x that have one row
+        for each kernel position; the sum over positions then is one of shifted maps, views of the same memory. A
+        convolution with a single filter does the same at a lower rate (an exercise of chapter 4).
+        """
+        zeros = self._padding_mode == "constant"  # the maps of zeros are zeros, and fewer than channels
+        x = x if zeros else self._padded(x)
+        outside = [side if zeros else 0 for axis in reversed(self._padding) for side in axis]
+        N, K, rank = x.shape[0], math.prod(self.kernel), len(self.kernel)
+        pixels = x.reshape(N, self.groups, -1, math.prod(x.shape[2:]))
+        maps = v.reshape(self.groups, -1, K).mT @ pixels
+        maps = pad(maps.reshape(N, self.groups, *self.kernel, *x.shape[2:]), outside)
+        grid = [
+            size - d * (k - 1) for size, d, k in zip(maps.shape[2 + rank :], self.dilation, self.kernel, strict=True)
+        ]
+        steps = maps.stride()
+        reach = [k + d * t for k, d, t in zip(steps[2 : 2 + rank], self.dilation, steps[2 + rank :], strict=True)]
+        shifted = (N, self.groups, *self.kernel, *grid), (*steps[:2], *reach, *steps[2 + rank :])
+        scores = maps.as_strided(*shifted).sum(dim=tuple(range(2, 2 + rank)))
+        if bias is not None:
+            scores = scores + bias.reshape(-1, *[1] * rank)
+        back = torch.zeros_like(maps)
+        back.as_strided(*shifted).copy_(scores.reshape(N, self.groups, *[1] * rank, *grid))
+        back = pad(back, [-side for side in outside]).reshape(N, self.groups, K, -1)
+        return scores, (pixels @ back.mT).sum(0).reshape(self.groups, -1, 1)
 
     def _weight_gradient(self, x: Tensor, scores: Tensor) -> Tensor:
         """Sum over samples and locations of patch times score, `[groups, d_in without bias, k]`."""

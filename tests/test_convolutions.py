@@ -249,6 +249,52 @@ def test_groups_and_locations_that_meet_need_the_terms_between_them():
     assert relative(same_location, H[:size, :size]) > 0.1
 
 
+def calls(method):
+    """The names of the operations that `method` runs."""
+    names = []
+
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    with Log():
+        method()
+    return names
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("kind", "arguments", "sizes"),
+    [
+        (nn.Conv1d, {"kernel_size": 3, "padding": 1}, (7,)),
+        (nn.Conv1d, {"kernel_size": 4, "padding": "same", "dilation": 3}, (11,)),  # uneven sides
+        (nn.Conv2d, {"kernel_size": (3, 2), "padding": (2, 0), "dilation": (1, 2)}, (6, 5)),
+        (nn.Conv2d, {"kernel_size": (2, 3), "padding": (0, 1), "groups": 2}, (4, 5)),
+        (nn.Conv2d, {"kernel_size": 1, "bias": False}, (3, 4)),
+        (nn.Conv3d, {"kernel_size": (1, 3, 2), "padding": (0, 1, 1), "bias": False}, (3, 4, 5)),
+    ],
+)
+def test_products_and_shifts_are_the_convolutions(kind, arguments, sizes, mode):
+    """Few kernel positions, one vector: matrix products in place of convolutions with one filter, and the same A v."""
+    torch.manual_seed(0)
+    layer = kind(16, 4, padding_mode=mode, dtype=F64, **arguments)
+    v, x = view(layer), torch.randn(3, 16, *sizes, dtype=F64)
+    probe = torch.randn(v.groups, v.d_in, dtype=F64)
+    by_shifts, by_convolutions = (
+        calls(lambda p=p: v.activation_action(x, p)) for p in (probe, torch.stack([probe] * 2, -1))
+    )
+    assert "convolution" not in by_shifts
+    assert "convolution" in by_convolutions
+    patches = v.patches(x)
+    A = torch.einsum("ngti,ngtj->gij", patches, patches) / len(x)
+    assert relative(v.activation_action(x, probe), torch.einsum("gij,gj->gi", A, probe)) < 1e-13
+    assert (
+        relative(v.activation_action(x, torch.stack([probe, -probe], -1))[..., 1], -(A @ probe[..., None])[..., 0])
+        < 1e-13
+    )
+
+
 def test_gradients_go_through_the_same_door():
     """to_matrix of the gradients is the gradient in [W | b]: mean over samples of sum_t g_t a_t^T, for each group."""
     layer, v, x = example()
