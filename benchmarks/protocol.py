@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from benchmarks.methods import Method
 from benchmarks.problems import Task
 from benchmarks.records import Results
-from benchmarks.timing import step_cost
+from benchmarks.timing import TURNS, step_cost
 from kfqn_core.lab.problems import Problem
 from kfqn_core.lab.training import cosine, evaluate, train
 
@@ -110,14 +110,14 @@ def score(record: dict[str, Any]) -> float:
     return math.inf if loss is None else loss
 
 
-def measured_ratio(task: Task, method: Method, results: Results) -> float | None:
+def measured_ratio(task: Task, method: Method, results: Results, turns: int = TURNS) -> float | None:
     """The cost of a step against Adam's, measured once per problem and kept; None for a method that fails on it."""
     if kept := results.of("step cost", method):
         return kept[-1]["to_adam"]["value"]
     if results.of("failure", method):
         return None
     try:
-        cost = step_cost(task, method.name)
+        cost = step_cost(task, method.name, turns=turns)
     except (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError, ArithmeticError) as error:
         results.add("failure", method, error=f"{type(error).__name__}: {error}"[:300])
         return None

@@ -15,7 +15,7 @@ README = Path(__file__).parent.parent / "README.md"
 FIGURE = Path(__file__).parent / "figures" / "loss-against-time.svg"
 BEGIN, END = "<!-- written by `python -m benchmarks report` -->", "<!-- end -->"
 PROBLEMS = tuple(key for key, task in TASKS.items() if task.steps is not None)
-METHODS = ("kfqn", "kbfgs", "kfqn-2022", "sgd", "adam", "muon", "soap", "shampoo", "psgd", "kfac")  # no variants
+METHODS = ("kfqn", "kbfgs-5", "kfqn-2022-5", "sgd", "adam", "muon", "soap", "shampoo", "psgd", "kfac")  # no variants
 
 
 def finalists(frame: pd.DataFrame) -> pd.DataFrame:

@@ -24,6 +24,7 @@ from kfqn_core.update import Layer, activation_factors, average_gradients, curva
 
 # Of the mean length of the rows of D: a unit whose gradient is smaller than that is hardly used, and moves less.
 ROW_FLOOR = 1e-3
+SHORTEST = 1e-19  # a shorter direction counts as none: divided by its length it would be infinite in float32
 ADAM_BETAS, ADAM_EPS = (0.9, 0.99), 1e-8
 OWN = ("_layers", "_step_length", "_model", "_pairs", "_refresh", "_steps", "_warm_started", "_skipped", "_capture")
 
@@ -363,6 +364,7 @@ class KFQN(torch.optim.Optimizer):
         group = self.param_groups[0]
         decay = 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
         average_gradients(layers, decay, group["momentum"], finite)
+        # All at once, which takes as much memory as the gradients for the length of this call.
         directions = [layer.direction() for layer in layers]
         _shrink([p for layer in layers for p in layer.parameters], group, finite)
         lengths = self._lengths(directions, group["lr"])
@@ -382,7 +384,7 @@ class KFQN(torch.optim.Optimizer):
             torch._foreach_mul_(floors, [ROW_FLOOR / n.numel() for n in norms])
             torch._foreach_add_(norms, floors)
             sizes = [D.shape[-1] for D in directions]
-        torch._foreach_clamp_min_(norms, torch.finfo(directions[0].dtype).tiny)
+        torch._foreach_clamp_min_(norms, SHORTEST)
         torch._foreach_reciprocal_(norms)
         torch._foreach_mul_(norms, [lr * 0.2 * math.sqrt(size) for size in sizes])
         return norms

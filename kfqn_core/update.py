@@ -46,9 +46,8 @@ class Layer:
         self._momenta = self.parts(self.M)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            key: value for key, value in vars(self).items() if key != "_momenta"
-        }  # a pickle would cut its memory off
+        # The views of M are made anew: unpickled ones would have memory of their own.
+        return {key: value for key, value in vars(self).items() if key != "_momenta"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

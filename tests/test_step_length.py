@@ -31,3 +31,14 @@ def test_the_scale_of_a_layers_gradient_changes_no_step(step_length):
     torch.testing.assert_close(moved(step_length, (1e-6, 1e3, 1.0)), moved(step_length, (1.0, 1.0, 1.0)), rtol=1e-8,
                                atol=1e-12)  # fmt: skip
     assert not torch.allclose(moved("raw", (1e-6, 1e3, 1.0)), moved("raw", (1.0, 1.0, 1.0)))
+
+
+@pytest.mark.parametrize("step_length", ["normalised", "normalised_rows"])
+def test_a_wide_layer_without_gradient_stays(step_length):
+    """Zero over the smallest float times the root of a large size is infinite, and times zero not a number."""
+    model = nn.Sequential(nn.Linear(20_000, 2), nn.Linear(2, 1))
+    before = nn.utils.parameters_to_vector(model.parameters()).clone()
+    optimizer = KFQN(model, lr=1.0, step_length=step_length, rank=1)
+    (0.0 * model(torch.randn(3, 20_000))).sum().backward()
+    optimizer.step()
+    assert torch.equal(nn.utils.parameters_to_vector(model.parameters()), before)
