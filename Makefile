@@ -50,9 +50,13 @@ student: setup ## notebooks without solutions, out/student
 bench: setup ## does a short benchmark order the methods as the committed results do? (15 minutes)
 	$(BIN)/python -m benchmarks check
 
+# Step costs first, with nothing else running; then two processes, on different problems.
+RUN := $(BIN)/python -m benchmarks run
+LONG := --horizon 10 --seeds 3 --budgets wall --methods kfqn kfqn-second-pass kbfgs-5 sgd adam muon soap
 bench-full: setup ## run what is missing from benchmarks/results (hours), then write tables and figures
-	$(BIN)/python -m benchmarks run --horizon 1 --seeds 5
-	$(BIN)/python -m benchmarks run --horizon 10 --seeds 3 --budgets wall
+	$(RUN) --costs-only
+	$(RUN) --problems P1 P2 P7 & first=$$!; $(RUN) --problems P3 P5 P6 && wait $$first
+	$(RUN) $(LONG) --problems P1 P2 P7 & first=$$!; $(RUN) $(LONG) --problems P3 P5 P6 && wait $$first
 	$(BIN)/python -m benchmarks report
 
 bench-gpu: setup ## step costs at larger sizes on a GPU; without one, say what would run

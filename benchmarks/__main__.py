@@ -35,7 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
                     Contest(TASKS[key], method, results, horizon, arguments.seeds, tuple(arguments.budgets), ratio)
                     for horizon in arguments.horizon
                 ]
-    play(contests)
+    if not arguments.costs_only:
+        play(contests)
     return 0
 
 
@@ -61,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     sub.add_argument("--horizon", nargs="+", type=int, choices=(1, 10), default=[1], help="multiples of N")
     sub.add_argument("--budgets", nargs="+", choices=BUDGETS, default=list(BUDGETS))
     sub.add_argument("--redo", nargs="+", choices=everyone, default=[], metavar="METHOD", help="forget these first")
+    sub.add_argument("--costs-only", action="store_true", help="measure step costs and stop: best on a quiet machine")
     command("report", report.main, "write every table and figure from the results", trained, everyone)
     sub = command("check", check.main, "does a short run order the methods as the results do?",
                   ["P1", "P2", "P3", "P5"], ["kfqn", "muon", "soap", "adam", "sgd"])  # fmt: skip
