@@ -3,7 +3,8 @@
 Equal wall time: a method whose step costs r times Adam's on a problem gets N/r steps (N: `problems.py`). Every method
 follows the same schedule over exactly its steps: 2 % warm-up, then a cosine to zero. Every method has four learning
 rates to choose from, on seed 0, by the final training loss at equal wall time; the best is run on fresh seeds, 2 to 6
-(what became of our default was screened on 0 and 1, see NOTES.md).
+(what became of our default was screened on 0 and 1, see NOTES.md). At ten times the budget everyone keeps the rate chosen
+at the first: a grid of long runs costs more than the comparison itself.
 A method that promises a rate without tuning is run at that rate too. At equal steps (N for everyone) the rate tuned at
 equal wall time is used. A seed fixes initial weights and order of data, the same for all.
 
@@ -134,7 +135,7 @@ def best_rate(task: Task, method: Method, results: Results, steps: int) -> float
 
 @dataclass(frozen=True)
 class Contest:
-    """One method on one problem over one horizon: four tuning runs, then every rate that counts on fresh seeds."""
+    """One method on one problem over one horizon: four short tuning runs, then every rate that counts on fresh seeds."""
 
     task: Task
     method: Method
@@ -148,18 +149,23 @@ class Contest:
         assert self.task.steps is not None
         return budget_steps(self.task.steps, self.horizon, self.ratio, budget)
 
+    @property
+    def tuning_steps(self) -> int:
+        """Steps at equal wall time over the short horizon, where rates are chosen."""
+        assert self.task.steps is not None
+        return budget_steps(self.task.steps, 1, self.ratio, "wall")
+
     def work(self) -> float:
         """The whole contest in units of Adam steps, done or not."""
         rates = 1 + (self.method.default_lr is not None)
         per_seed = sum({self.steps(budget) for budget in self.budgets})
-        return self.ratio * (len(self.method.grid(self.task)) * self.steps("wall") + rates * self.seeds * per_seed)
+        return self.ratio * (len(self.method.grid(self.task)) * self.tuning_steps + rates * self.seeds * per_seed)
 
     def play(self) -> Iterator[float]:
         """Run what is missing; yields the work of every run, done now or before."""
-        wall = self.steps("wall")
         for lr in self.method.grid(self.task):
-            yield self._ensure(lr, 0, wall)
-        tuned = best_rate(self.task, self.method, self.results, wall)
+            yield self._ensure(lr, 0, self.tuning_steps)
+        tuned = best_rate(self.task, self.method, self.results, self.tuning_steps)
         for lr in dict.fromkeys(rate for rate in (tuned, self.method.default_lr) if rate is not None):
             for budget_in_steps in dict.fromkeys(self.steps(budget) for budget in self.budgets):
                 for seed in fresh_seeds(self.seeds):

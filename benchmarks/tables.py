@@ -50,7 +50,7 @@ def _rows(task: Task, method: Method, results: Results, horizon: int, budget: st
     cost = costs[-1]
     ratio = cost["to_adam"]["value"]
     steps = budget_steps(task.steps, horizon, ratio, budget)
-    tuned = best_rate(task, method, results, budget_steps(task.steps, horizon, ratio, "wall"))
+    tuned = best_rate(task, method, results, budget_steps(task.steps, 1, ratio, "wall"))
     contestants = [] if tuned is None else [(method.label + (", tuned" if method.default_lr else ""), tuned)]
     if method.default_lr is not None:
         contestants.append((f"{method.label}, untuned", method.default_lr))

@@ -116,6 +116,17 @@ def test_a_contest_is_four_rates_on_seed_0_and_the_rates_that_count_on_fresh_see
     }
 
 
+def test_rates_are_chosen_at_the_short_horizon(tmp_path, monkeypatch):
+    results = Results("P2", tmp_path)
+    results.add("step cost", METHODS["kfqn"], to_adam={"value": 2.0, "low": 1.9, "high": 2.1}, bytes_to_adam=1.1)
+    list(Contest(TASK, METHODS["kfqn"], results, 10, 1, ("wall",), ratio=2.0).play())
+    runs = results.find("run")
+    assert {r["steps"] for r in runs if r["seed"] == 0} == {5}
+    assert {r["steps"] for r in runs if r["seed"]} == {50}
+    monkeypatch.setitem(TASKS, "P2", TASK)
+    assert set(summary(["P2"], ["kfqn"], tmp_path)["horizon"]) == {10}
+
+
 def test_records_have_what_a_report_needs(tmp_path):
     results = Results("P2", tmp_path)
     results.add("step cost", METHODS["kfqn"], to_adam={"value": 2.0, "low": 1.9, "high": 2.1}, bytes_to_adam=1.1)

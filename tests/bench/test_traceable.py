@@ -14,7 +14,13 @@ from tools.manifest import ROOT
 
 BOOK = manifest.read()
 CHAPTER = next(chapter for chapter in BOOK.chapters if chapter.slug == "13-does-it-win")
-RESULTS_SECTIONS = ("What came out", "Where it loses", "What the other factor is worth", "A live comparison", "What to remember")
+RESULTS_SECTIONS = (
+    "What came out",
+    "Where it loses",
+    "What the other factor is worth",
+    "A live comparison",
+    "What to remember",
+)
 
 
 @pytest.fixture(scope="module")
