@@ -3,8 +3,8 @@
 Equal wall time: a method whose step costs r times Adam's on a problem gets N/r steps (N: `problems.py`). Every method
 follows the same schedule over exactly its steps: 2 % warm-up, then a cosine to zero. Every method has four learning
 rates to choose from, on seed 0, by the final training loss at equal wall time; the best is run on fresh seeds, 2 to 6
-(what became of our default was screened on 0 and 1, see NOTES.md). At ten times the budget everyone keeps the rate chosen
-at the first: a grid of long runs costs more than the comparison itself.
+(what became of our default was screened on 0 and 1, see NOTES.md). At ten times the budget everyone keeps the rate
+chosen at the first: a grid of long runs costs more than the comparison itself.
 A method that promises a rate without tuning is run at that rate too. At equal steps (N for everyone) the rate tuned at
 equal wall time is used. A seed fixes initial weights and order of data, the same for all.
 
@@ -135,7 +135,7 @@ def best_rate(task: Task, method: Method, results: Results, steps: int) -> float
 
 @dataclass(frozen=True)
 class Contest:
-    """One method on one problem over one horizon: four short tuning runs, then every rate that counts on fresh seeds."""
+    """One method on one problem over one horizon: four short tuning runs, then the rates that count on fresh seeds."""
 
     task: Task
     method: Method
