@@ -174,17 +174,17 @@ class Layer:
 def average_gradients(layers: Sequence[Layer], weight_decay: float, momentum: float, finite: Tensor) -> None:
     """`M <- momentum M + (1 - momentum) ([dW | db] + weight_decay [W | b])`, where `finite` holds."""
     momenta = [M for layer in layers for M in layer._momenta]
-    params = [p for layer in layers for p in layer.parameters]
+    params: list[Tensor] = [p for layer in layers for p in layer.parameters]
     gradients = [p.grad.to(M.dtype) for M, p in zip(momenta, params, strict=True) if p.grad is not None]
     if weight_decay:
-        gradients = torch._foreach_add(gradients, params, alpha=weight_decay)
+        gradients = list(torch._foreach_add(gradients, params, alpha=weight_decay))
     gradients = [torch.where(finite, G, M) for G, M in zip(gradients, momenta, strict=True)]
     torch._foreach_lerp_(momenta, gradients, 1.0 - momentum)  # views: every layer's M moves
 
 
 def move(layers: Sequence[Layer], directions: Sequence[Tensor], lengths: Sequence[Tensor]) -> None:
     """`[W | b] <- [W | b] - length D`; `D` `[groups, d_out, d_in]`, `length` one entry or `[groups, d_out, 1]`."""
-    params = [p for layer in layers for p in layer.parameters]
+    params: list[Tensor] = [p for layer in layers for p in layer.parameters]
     parts = [part for layer, D in zip(layers, directions, strict=True) for part in layer.parts(D)]
     factors = [
         length.reshape(-1, *[1] * (p.dim() - 1))
