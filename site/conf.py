@@ -29,6 +29,7 @@ extensions = [
 ]
 nb_execution_mode = "off"  # the notebooks come executed
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # tables in what a cell displays
 nb_ipywidgets_js = {}  # nothing is loaded from elsewhere
 nb_code_prompt_show = "Show the code"
 nb_code_prompt_hide = "Hide the code"

@@ -44,6 +44,11 @@ broken_by: four = 5
 ---
 assert four == 2 + 2
 ```
+
+```{code-cell} ipython3
+from IPython.display import Markdown
+Markdown("| sum | value |\\n|---|---|\\n| two and two | four |")
+```
 """
 BIBLIOGRAPHY = "@book{somebody2020, author = {Ann Somebody}, title = {Sums}, publisher = {House}, year = {2020}}\n"
 
@@ -88,6 +93,10 @@ def test_numbers_are_those_of_the_chapters(html):
     assert "Lemma 8.1 (Four)" in text
     assert "Fig. 8.1 A line." in text
     assert "Builds on One." in text
+
+
+def test_a_table_that_a_cell_displays_is_a_table(html):
+    assert re.search(r"<td[^>]*>(<p>)?two and two", html["08-eight"])
 
 
 def test_exercise_shows_the_stub_and_hides_the_solution(html):
