@@ -211,7 +211,7 @@ class Capture:
         uses = self._pass.uses.setdefault(name, [])
         if uses and torch._C._current_graph_task_id() != -1:
             return h  # activation checkpointing runs the layer again during backward
-        use = Use(x.detach(), self._views[name].outputs(h.detach()).shape[2])
+        use = Use(x.detach(), self._views[name].locations(x))
         uses.append(use)
         if self._always:
             return h
@@ -277,7 +277,11 @@ class _LayerHook(_Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], h: Tensor) -> Tensor:
         capture = self.listener(module)
-        return h if capture is None else capture._observe_eagerly(capture, self.name, args[0], h)
+        if capture is None:
+            return h
+        # What keeps the tracer out costs more than the observation itself: only where there is a tracer.
+        observe = capture._observe_eagerly if torch.compiler.is_compiling() else Capture._observe
+        return observe(capture, self.name, args[0], h)
 
 
 def _gone() -> None:

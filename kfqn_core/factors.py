@@ -7,13 +7,16 @@ pair is good enough to be used is a tensor too: a refused pair writes the old va
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from kfqn_core.capture import Record
 from kfqn_core.damping import double_damping, levenberg_marquardt, powell_on_inverse
 from kfqn_core.layers import LayerView
-from kfqn_core.secant import LimitedMemoryInverse, bfgs_inverse_update_
+from kfqn_core.secant import LimitedMemoryInverse, bfgs_inverse_update_, row_blocks
 
 CURVATURE_TEST = 1e-4
 """A pair is used only if `s'y > 1e-4 ||s||^2 ||v||` (the authors' public code of 2020)."""
@@ -34,37 +37,52 @@ def acceptable(s: Tensor, y: Tensor, v: Tensor) -> Tensor:
 
 
 class DenseInverse:
-    """A dense inverse Hessian estimate with the interface of :class:`~kfqn_core.secant.LimitedMemoryInverse`.
+    """A dense inverse Hessian estimate: `H`, `[groups, size, size]`, the identity at first.
 
-    Args:
-        size: n.
-        batch: leading shape; a layer with groups keeps one matrix per group.
-
-    Attributes:
-        H: `[*batch, n, n]`, the identity at first.
+    It is applied as a :class:`~kfqn_core.secant.LimitedMemoryInverse` is; pairs enter by `append_pairs`.
     """
 
     def __init__(
-        self,
-        size: int,
-        *,
-        batch: tuple[int, ...] = (),
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
+        self, size: int, *, groups: int = 1, dtype: torch.dtype | None = None, device: torch.device | None = None
     ):
-        self.H = torch.eye(size, dtype=dtype, device=device).repeat(*batch, 1, 1)
-
-    def append(self, s: Tensor, y: Tensor, keep: Tensor) -> None:
-        """BFGS update with `(s, y)` `[*batch, n]` where `keep` `[*batch]` holds and the result is finite."""
-        bfgs_inverse_update_(self.H, s, y, keep)
+        self.H = torch.eye(size, dtype=dtype, device=device).repeat(groups, 1, 1)
 
     def apply(self, V: Tensor) -> Tensor:
-        """`H V` for `V` `[*batch, n, k]`."""
-        return self.H @ V
+        """`H V` for `V` `[groups, n, k]`."""
+        return torch.bmm(self.H, V)
 
     def dense(self) -> Tensor:
-        """`H` itself, `[*batch, n, n]`."""
+        """`H` itself, `[groups, n, n]`."""
         return self.H
+
+
+class Pair(NamedTuple):
+    """A pair that waits to enter an inverse: `s`, `y` and `v` `[groups, n]`, of which `v` sets the scale."""
+
+    inverse: DenseInverse | LimitedMemoryInverse
+    s: Tensor
+    y: Tensor
+    v: Tensor
+
+
+def append_pairs(pairs: Sequence[Pair], finite: Tensor) -> None:
+    """Update every inverse with its pair where that is `acceptable` and the boolean scalar `finite` holds.
+
+    The dense ones are updated together: their vectors are judged, and changed, as the rows of one tensor.
+    """
+    for dtype in dict.fromkeys(pair.s.dtype for pair in pairs):
+        dense = [pair for pair in pairs if isinstance(pair.inverse, DenseInverse) and pair.s.dtype == dtype]
+        if dense:
+            Hs = [pair.inverse.dense() for pair in dense]
+            rows, longest = sum(H.shape[0] for H in Hs), max(H.shape[-1] for H in Hs)
+            vectors = Hs[0].new_zeros(3, rows, longest)
+            for block, pair in zip(row_blocks(vectors.movedim(0, -1), Hs), dense, strict=True):
+                block.copy_(torch.stack(pair[1:], dim=-1))
+            s, y, v = vectors
+            bfgs_inverse_update_(Hs, s, y, acceptable(s, y, v) & finite)
+    for pair in pairs:
+        if isinstance(pair.inverse, LimitedMemoryInverse):
+            pair.inverse.append(pair.s, pair.y, acceptable(pair.s, pair.y, pair.v) & finite)
 
 
 class ActivationFactor:
@@ -91,7 +109,7 @@ class ActivationFactor:
         self.decay = decay
         shape = (view.groups, view.d_in, view.d_in)
         self.A = None if decay is None else torch.zeros(shape, dtype=dtype, device=device)
-        self.inverse = DenseInverse(view.d_in, batch=(view.groups,), dtype=dtype, device=device)
+        self.inverse = DenseInverse(view.d_in, groups=view.groups, dtype=dtype, device=device)
         self.started = False
 
     @property
@@ -120,7 +138,7 @@ class ActivationFactor:
 
     def precondition(self, M: Tensor) -> Tensor:
         """`M H_a` for `M` `[groups, d_out, d_in]`."""
-        return M @ self.inverse.H
+        return torch.bmm(M, self.inverse.H)
 
     def start_from(self, record: Record) -> None:
         """`start` from the first mini-batch."""
@@ -132,14 +150,17 @@ class ActivationFactor:
             raise ValueError("this factor keeps no A: it was made with decay=None; give a decay in [0, 1)")
         self.A.lerp_(torch.where(finite, A.to(self.A.dtype), self.A), 1.0 - self.decay)
 
-    def update(self, record: Record, finite: Tensor) -> None:
-        """One Hessian-action update of `H_a` from the layer's inputs in this mini-batch, where `finite` holds."""
+    def pair(self, record: Record) -> Pair:
+        """`(H_a abar, (A + lambda_A I) H_a abar)` for the layer's inputs in this mini-batch."""
         H = self.inverse.H
         a_mean = record.mean_input().to(H.dtype)
-        s = (H @ a_mean[..., None])[..., 0]
-        action = record.activation_action(s) if self.A is None else (self.A @ s[..., None])[..., 0]
-        y = torch.add(action.to(H.dtype), s, alpha=self.damping)
-        self.inverse.append(s, y, acceptable(s, y, a_mean) & finite)
+        s = torch.bmm(H, a_mean.unsqueeze(-1)).squeeze(-1)
+        action = record.activation_action(s) if self.A is None else torch.bmm(self.A, s.unsqueeze(-1)).squeeze(-1)
+        return Pair(self.inverse, s, torch.add(action.to(H.dtype), s, alpha=self.damping), a_mean)
+
+    def update(self, record: Record, finite: Tensor) -> None:
+        """One Hessian-action update of `H_a` alone, where `finite` holds; `append_pairs` does many layers at once."""
+        append_pairs([self.pair(record)], finite)
 
 
 class ExactActivationFactor(ActivationFactor):
@@ -199,7 +220,7 @@ class GradientFactor:
         self.y_mean = torch.zeros_like(self.s_mean)
         self.inverse: DenseInverse | LimitedMemoryInverse
         if memory is None:
-            self.inverse = DenseInverse(view.d_out, batch=(view.groups,), dtype=dtype, device=device)
+            self.inverse = DenseInverse(view.d_out, groups=view.groups, dtype=dtype, device=device)
         else:
             self.inverse = LimitedMemoryInverse(view.d_out, memory, batch=(view.groups,), dtype=dtype, device=device)
 
@@ -210,8 +231,8 @@ class GradientFactor:
             return {**pairs, "H_g": self.inverse.H}
         return {**pairs, "S": self.inverse.S, "Y": self.inverse.Y, "R_inv": self.inverse.R_inv}
 
-    def update(self, s: Tensor, y: Tensor, g_mean: Tensor, finite: Tensor) -> None:
-        """Average the pair, damp a copy of the average, update `H_g` with it.
+    def pair(self, s: Tensor, y: Tensor, g_mean: Tensor, finite: Tensor) -> Pair:
+        """Average the pair, and return a damped copy of the average.
 
         Args:
             s: `[groups, d_out]`, change of the mean pre-activation over the step.
@@ -221,18 +242,23 @@ class GradientFactor:
         """
         dtype = self.s_mean.dtype
         s, y = s.to(dtype), y.to(dtype)
-        finite = finite & torch.isfinite(s).all() & torch.isfinite(y).all()
+        finite = finite & (torch.linalg.vector_norm(torch.stack([s, y])) < torch.inf)
         self.s_mean.lerp_(torch.where(finite, s, self.s_mean), 1.0 - self.pair_momentum)
         self.y_mean.lerp_(torch.where(finite, y, self.y_mean), 1.0 - self.pair_momentum)
         # A curvature that the damping lambda_G would bury anyway is rounding error where batch norm makes all mean
         # gradients zero. Powell's damping would turn s into the direction of that error: zero stands for it.
         s, y = self.s_mean, self.y_mean
-        noise = torch.finfo(dtype).eps ** 0.5 * self.damping * s.norm(dim=-1, keepdim=True)
-        s, y = self._damped(s, torch.where(y.norm(dim=-1, keepdim=True) > noise, y, 0.0))
-        self.inverse.append(s, y, acceptable(s, y, g_mean.to(dtype)) & finite)
+        size_s, size_y = (torch.linalg.vector_norm(vector, dim=-1, keepdim=True) for vector in (s, y))
+        noise = torch.finfo(dtype).eps ** 0.5 * self.damping * size_s
+        s, y = self._damped(s, torch.where(size_y > noise, y, 0.0))
+        return Pair(self.inverse, s, y, g_mean.to(dtype))
+
+    def update(self, s: Tensor, y: Tensor, g_mean: Tensor, finite: Tensor) -> None:
+        """Update `H_g` alone with what `pair` makes of its arguments; `append_pairs` does many layers at once."""
+        append_pairs([self.pair(s, y, g_mean, finite)], finite)
 
     def _damped(self, s: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        H_y = self.inverse.apply(y[..., None])[..., 0]
+        H_y = self.inverse.apply(y.unsqueeze(-1)).squeeze(-1)
         if self.pair_damping == "double":
             return double_damping(H_y, s, y, self.mu1, self.damping)
         s, y = powell_on_inverse(H_y, s, y, self.mu1)

@@ -147,7 +147,8 @@ class LinearView(LayerView):
         self.weight_shape = (layer.out_features, layer.in_features)
 
     def locations(self, x: Tensor) -> int:
-        return _rows(x, self.weight_shape[1], "input").shape[2]
+        _check_rows(x, self.weight_shape[1], "input")
+        return math.prod(x.shape[1:-1])
 
     def patches(self, x: Tensor) -> Tensor:
         a = _rows(x, self.weight_shape[1], "input")
@@ -157,7 +158,8 @@ class LinearView(LayerView):
         return _rows(h, self.d_out, "output")
 
     def mean_input(self, x: Tensor) -> Tensor:
-        mean = _at_least_float32(_rows(x, self.weight_shape[1], "input")).mean(dim=(0, 2))
+        _check_rows(x, self.weight_shape[1], "input")
+        mean = _at_least_float32(x).reshape(-1, x.shape[-1]).mean(dim=0, keepdim=True)
         return pad(mean, (0, 1), value=1.0) if self.has_bias else mean
 
     def activation_action(self, x: Tensor, v: Tensor) -> Tensor:
@@ -370,13 +372,17 @@ def _smallest_size(kernel: int, dilation: int, sides: tuple[int, int], mode: str
 
 def _rows(x: Tensor, features: int, what: str) -> Tensor:
     """`[N, ..., features]` as `[N, 1, T, features]`."""
+    _check_rows(x, features, what)
+    return x.reshape(x.shape[0], 1, math.prod(x.shape[1:-1]), features)
+
+
+def _check_rows(x: Tensor, features: int, what: str) -> None:
     _check_floating(x, what)
     if x.ndim < 2 or x.shape[-1] != features or x.numel() == 0:
         raise ValueError(
             f"the layer's {what} has shape {tuple(x.shape)}, but [N, ..., {features}] with at least one sample and "
             "one location is needed; add a batch dimension if there is none"
         )
-    return x.reshape(x.shape[0], 1, math.prod(x.shape[1:-1]), features)
 
 
 def _check_floating(x: Tensor, what: str) -> None:

@@ -37,8 +37,8 @@ def nystroem(Q: Tensor, Y: Tensor) -> Tensor:
     """
     core = Q.mT @ Y
     core = (core + core.mT) / 2
-    shift = SHIFT * core.diagonal(dim1=-2, dim2=-1).sum(-1)
-    core = core + shift[..., None, None] * torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
+    diagonal = core.diagonal(dim1=-2, dim2=-1)
+    diagonal.add_(SHIFT * diagonal.sum(-1, keepdim=True))
     return torch.linalg.solve_triangular(torch.linalg.cholesky_ex(core).L.mT, Y, upper=True, left=False)
 
 
@@ -108,7 +108,7 @@ class LowRankActivationFactor:
         record = record.thinned(ROWS)
         F = nystroem(Q, past.lerp(record.activation_action(Q).to(past.dtype), 1.0 - DECAY))
         d = record.diagonal().to(self.d.dtype)
-        finite = finite & torch.isfinite(F).all() & torch.isfinite(d).all()
+        finite = finite & (torch.linalg.vector_norm(F) + torch.linalg.vector_norm(d) < torch.inf)
         self.F.copy_(torch.where(finite, F, self.F))
         self.d.lerp_(torch.where(finite, d, self.d), 1.0 - DECAY)
         self._invert()
@@ -123,17 +123,17 @@ class LowRankActivationFactor:
         Inputs may have had no part yet in as many directions. Without the waves rounding errors would choose new ones.
         """
         n, rank = self.F.shape[-2:]
-        at = torch.arange(n, dtype=self.F.dtype, device=self.F.device) + 0.5
-        half_periods = (torch.arange(rank, dtype=self.F.dtype, device=self.F.device) + 0.5) * (n / rank)
-        waves = torch.cos(torch.pi / n * at[:, None] * half_periods)
-        size = torch.linalg.vector_norm(self.F, dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(self.F.dtype).tiny)
-        return torch.linalg.qr(self.F / size + COMPLETION / n**0.5 * waves).Q
+        at, half_periods = (torch.arange(0.5, k, dtype=self.F.dtype, device=self.F.device) for k in (n, rank))
+        waves = torch.cos(torch.outer(at, half_periods * (torch.pi / rank)))
+        size = torch.linalg.vector_norm(self.F, dim=(-2, -1), keepdim=True)
+        return torch.linalg.qr(torch.addcmul(self.F, waves, size, value=COMPLETION / n**0.5)).Q
 
     def _invert(self) -> None:
         """Woodbury: `(E^-1 + F F^T)^-1 = E - E F (I + F^T E F)^-1 F^T E` with `E = diag(e)`."""
-        e = 1.0 / ((self.d - self.F.square().sum(-1)).clamp_min(0.0) + self.damping)
+        e = torch.reciprocal((self.d - torch.linalg.vecdot(self.F, self.F)).clamp_min(0.0) + self.damping)
         EF = e[..., None] * self.F
-        core = self.F.mT @ EF + torch.eye(EF.shape[-1], dtype=EF.dtype, device=EF.device)
+        core = self.F.mT @ EF
+        core.diagonal(dim1=-2, dim2=-1).add_(1.0)
         B = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(core).L.mT, EF, upper=True, left=False)
         self.B.copy_(B)
         self.e.copy_(e)

@@ -17,6 +17,7 @@ from torch.optim.adam import adam
 
 from kfqn_core.capture import Capture, Record
 from kfqn_core.distributed import refuse_shards
+from kfqn_core.factors import Pair, append_pairs
 from kfqn_core.layers import LinearView
 from kfqn_core.options import check_options, of_linear_layers, refreshes
 from kfqn_core.second_pass import SecondPass, cuda_devices, restored
@@ -258,20 +259,20 @@ class KFQN(torch.optim.Optimizer):
                 self._observe_inputs(layer, records[layer.name], finite)
             self._move(layers, finite)
             self._move_rest(finite)
+        pairs: list[Pair] = []
         if again is not None and closure is not None:
             with self._capture.frozen_parameters(), self._capture.ranks.apart():
                 again.evaluate(closure)
             after = self._records(layers)
             with self._no_autocast():
-                for layer in layers:
-                    layer.pair_with(records[layer.name], after[layer.name], finite)
-        if refresh or self._pairs == "next_batch":
-            with self._no_autocast():
-                for layer in layers:
-                    if self._pairs == "next_batch":
-                        layer.pair_with_last(records[layer.name], refresh, finite)
-                    if refresh:
-                        layer.activation.update(records[layer.name], finite)
+                pairs += [layer.pair_with(records[layer.name], after[layer.name], finite) for layer in layers]
+        with self._no_autocast():
+            for layer in layers:
+                if self._pairs == "next_batch":
+                    pairs += layer.pair_with_last(records[layer.name], refresh, finite)
+                if refresh:
+                    pairs += layer.activation_pairs(records[layer.name], finite)
+            append_pairs(pairs, finite)
         self._steps += 1
         return loss
 
@@ -348,9 +349,9 @@ class KFQN(torch.optim.Optimizer):
 
     def _all_finite(self, loss: Tensor | None) -> Tensor:
         norms = torch._foreach_norm([p.grad for p in self._params() if p.grad is not None])
-        scalars = [*norms, loss.detach()] if loss is not None else norms
+        scalars = [*norms, loss.detach().reshape(())] if loss is not None else norms
         device = self._skipped.device
-        return torch.stack([scalar.float().to(device).reshape(()) for scalar in scalars]).isfinite().all()
+        return (torch.stack([scalar.to(device, torch.float32) for scalar in scalars]).abs() < torch.inf).all()
 
     def _observe_inputs(self, layer: Layer, record: Record, finite: Tensor) -> None:
         """The running `A`; at the first step without a warm start also `H_a`. A warm-started `A` sits that step out."""
@@ -367,26 +368,25 @@ class KFQN(torch.optim.Optimizer):
         # All at once, which takes as much memory as the gradients for the length of this call.
         directions = [layer.direction() for layer in layers]
         _shrink([p for layer in layers for p in layer.parameters], group, finite)
-        lengths = self._lengths(directions, group["lr"])
-        torch._foreach_mul_(lengths, finite.to(directions[0].dtype))
-        move(layers, directions, lengths)
+        divisors = self._divisors(directions)
+        torch._foreach_div_(divisors, finite.to(directions[0].dtype))  # infinite where the step is skipped
+        per_row = self._step_length == "normalised_rows"
+        sizes = [D.shape[-1] if per_row else D.numel() for D in directions]
+        lr, raw = group["lr"], self._step_length == "raw"
+        move(layers, directions, divisors, [lr if raw else lr * 0.2 * math.sqrt(size) for size in sizes])
 
-    def _lengths(self, directions: list[Tensor], lr: float) -> list[Tensor]:
-        """What each D is multiplied by: of one entry, or `[groups, d_out, 1]`."""
+    def _divisors(self, directions: list[Tensor]) -> list[Tensor]:
+        """The length that each D is divided by: of one entry, or `[groups, d_out, 1]`."""
         if self._step_length == "raw":
-            return [D.new_full((1,), lr) for D in directions]
+            return [D.new_ones(1) for D in directions]
         if self._step_length == "normalised":
             norms = list(torch._foreach_norm(directions))
-            sizes = [D.numel() for D in directions]
         else:
             norms = [torch.linalg.vector_norm(D, dim=-1, keepdim=True) for D in directions]
             floors = torch._foreach_norm(norms, 1)
             torch._foreach_mul_(floors, [ROW_FLOOR / n.numel() for n in norms])
             torch._foreach_add_(norms, floors)
-            sizes = [D.shape[-1] for D in directions]
         torch._foreach_clamp_min_(norms, SHORTEST)
-        torch._foreach_reciprocal_(norms)
-        torch._foreach_mul_(norms, [lr * 0.2 * math.sqrt(size) for size in sizes])
         return norms
 
     def _move_rest(self, finite: Tensor) -> None:

@@ -40,29 +40,46 @@ def bfgs_inverse_update(H: Tensor, s: Tensor, y: Tensor) -> Tensor:
     return H + (half + half.mT)
 
 
-def bfgs_inverse_update_(H: Tensor, s: Tensor, y: Tensor, keep: Tensor) -> None:
-    """`bfgs_inverse_update` in place: H becomes `H+` where `keep` (bool, `[...]`) holds and `H+` is finite.
+def bfgs_inverse_update_(Hs: Sequence[Tensor], S: Tensor, Y: Tensor, keep: Tensor) -> None:
+    """`bfgs_inverse_update` in place, of several matrices: each becomes its `H+` where `keep` holds and `H+` is finite.
 
-    The change of H is one product of two matrices of rank two, so that H is read three times and written once, where
-    the plain form passes ten times over it. Rounding leaves H a little unsymmetric. It stays so little because each
-    update uses the symmetric part of H: with `H y` alone the error would grow from update to update.
+    A model has many small factors, and what is done to vectors is a dozen small kernels. So the vectors of all layers
+    are the rows of one tensor, padded with zeros, which changes no product. Only what reads a matrix is done one by
+    one: `H y`, `H^T y`, and the change of H, one product of two matrices of rank two. H is read three times and
+    written once, where the plain form passes ten times over it. Rounding leaves H a little unsymmetric, and
+    no more than that, because each update uses the symmetric part of H: with `H y` alone the error would grow.
+
+    Parameters
+    ----------
+    Hs : each `[g, n, n]`, with its own g and n.
+    S, Y : `[total g, largest n]`, the pairs in the order of `Hs`, zero behind their own n entries.
+    keep : bool, `[total g]`.
 
     Raises
     ------
-    TypeError, ValueError : as `bfgs_inverse_update`.
+    TypeError, ValueError : for tensors whose dtypes or shapes do not fit together.
     """
-    _check_update(H, s, y)
-    n = H.shape[-1]
-    matrices, columns = H.view(-1, n, n), y.reshape(-1, n, 1)
-    Hy = torch.baddbmm(matrices @ columns, matrices.mT, columns, beta=0.5, alpha=0.5)
-    left, right = _rank_two(Hy.view(s.shape), s, y)
-    factors = torch.stack([left, right], dim=-1)
+    _check_updates(Hs, S, Y)
+    Hy = torch.zeros_like(Y)
+    for H, y, out in zip(Hs, row_blocks(Y, Hs), row_blocks(Hy, Hs), strict=True):
+        column = y.unsqueeze(-1)
+        out.copy_(torch.baddbmm(torch.bmm(H, column), H.mT, column, beta=0.5, alpha=0.5).squeeze(-1))
+    left, right = _rank_two(Hy, S, Y)
     # No entry of a positive definite matrix exceeds its trace, and none of the change the product of these norms:
     # whether H+ is finite is known without looking at it. (No comparison holds for NaN.)
-    largest = torch.linalg.vector_norm(factors, torch.inf, dim=-2).prod(-1)
-    keep = keep & (2 * largest + H.diagonal(dim1=-2, dim2=-1).sum(-1) < torch.inf)
-    factors = torch.where(keep[..., None, None], factors, 0.0).view(-1, n, 2)
-    matrices.baddbmm_(factors, factors.flip(-1).mT)
+    largest = left.abs().amax(-1) * right.abs().amax(-1)
+    traces = torch.cat([H.diagonal(dim1=-2, dim2=-1).sum(-1) for H in Hs])
+    keep = (keep & (2 * largest + traces < torch.inf)).unsqueeze(-1)
+    left, right = torch.where(keep, left, 0.0), torch.where(keep, right, 0.0)
+    columns, rows = torch.stack([left, right], dim=-1), torch.stack([right, left], dim=-1)
+    for H, l_r, r_l in zip(Hs, row_blocks(columns, Hs), row_blocks(rows, Hs), strict=True):
+        H.baddbmm_(l_r, r_l.mT)
+
+
+def row_blocks(X: Tensor, Hs: Sequence[Tensor]) -> list[Tensor]:
+    """The rows of `X` `[total g, largest n, ...]` that belong to each H `[g, n, n]`, as views `[g, n, ...]`."""
+    blocks = X.split([H.shape[0] for H in Hs])
+    return [block.narrow(1, 0, H.shape[-1]) for block, H in zip(blocks, Hs, strict=True)]
 
 
 class LimitedMemoryInverse:
@@ -174,6 +191,18 @@ def _check_update(H: Tensor, s: Tensor, y: Tensor) -> None:
         )
     if H.dtype != s.dtype:
         raise TypeError(f"H and the pair must share a dtype, got {H.dtype} and {s.dtype}; convert the pair")
+
+
+def _check_updates(Hs: Sequence[Tensor], S: Tensor, Y: Tensor) -> None:
+    _check_pair(S, Y)
+    rows = (sum(H.shape[0] for H in Hs), max(H.shape[-1] for H in Hs))
+    if S.shape != rows or any(H.dim() != 3 or H.shape[-1] != H.shape[-2] for H in Hs):
+        raise ValueError(
+            f"each H must be [g, n, n] and the pairs [total g, largest n] = {list(rows)}, got H "
+            f"{[list(H.shape) for H in Hs]} and pairs {list(S.shape)}; pad shorter pairs with zeros"
+        )
+    if any(H.dtype != S.dtype for H in Hs):
+        raise TypeError(f"every H and the pairs must share a dtype, got {[H.dtype for H in Hs]} and {S.dtype}")
 
 
 def _check_pair(s: Tensor, y: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kfqn_core.capture import Record
-from kfqn_core.factors import ActivationFactor, ExactActivationFactor, GradientFactor
+from kfqn_core.factors import ActivationFactor, ExactActivationFactor, GradientFactor, Pair
 from kfqn_core.layers import LayerView, UnsupportedLayer, view
 from kfqn_core.low_rank import LowRankActivationFactor
 
@@ -129,8 +129,15 @@ class Layer:
         D = self.activation.precondition(self.M)
         return D if self.gradient is None else self.gradient.inverse.apply(D)
 
-    def pair_with(self, before: Record, after: Record, finite: Tensor) -> None:
-        """`H_g` from the same mini-batch before and after the step, where `finite` holds.
+    def activation_pairs(self, record: Record, finite: Tensor) -> list[Pair]:
+        """The pair of `H_a` from this mini-batch; one that is not kept by pairs is updated, where `finite` holds."""
+        if type(self.activation) is ActivationFactor:
+            return [self.activation.pair(record)]
+        self.activation.update(record, finite)
+        return []
+
+    def pair_with(self, before: Record, after: Record, finite: Tensor) -> Pair:
+        """The pair of `H_g` from the same mini-batch before and after the step; it is averaged where `finite` holds.
 
         Raises:
             ValueError: if `H_g` is the identity, or no gradient reached the layer's output in one of the passes.
@@ -139,10 +146,12 @@ class Layer:
             raise ValueError(f"layer {self.name!r} keeps no H_g: KFQN was made with pairs=None")
         g_mean = before.mean_gradient()
         s, y = after.mean_output() - before.mean_output(), after.mean_gradient() - g_mean
-        self.gradient.update(s, y, g_mean, finite)
+        return self.gradient.pair(s, y, g_mean, finite)
 
-    def pair_with_last(self, record: Record, refresh: bool, finite: Tensor) -> None:
-        """`H_g` from this mini-batch and the one before, if `refresh` and where `finite` holds; then remember this one.
+    def pair_with_last(self, record: Record, refresh: bool, finite: Tensor) -> list[Pair]:
+        """The pair of `H_g` from this mini-batch and the one before, if `refresh`; then remember this one.
+
+        All where `finite` holds.
 
         Raises:
             ValueError: if the layer was not built for `pairs="next_batch"`, or no gradient reached its output.
@@ -150,10 +159,13 @@ class Layer:
         if self.gradient is None or self.h_last is None or self.g_last is None:
             raise ValueError(f'layer {self.name!r} remembers no mini-batch: KFQN was not made with pairs="next_batch"')
         h_mean, g_mean = record.mean_output().to(self.h_last.dtype), record.mean_gradient().to(self.h_last.dtype)
+        pairs = []
         if refresh:
-            self.gradient.update(h_mean - self.h_last, g_mean - self.g_last, self.g_last, finite)
+            # A copy of the last gradient: it is looked at once more, when the pair is appended.
+            pairs = [self.gradient.pair(h_mean - self.h_last, g_mean - self.g_last, self.g_last.clone(), finite)]
         self.h_last.copy_(torch.where(finite, h_mean, self.h_last))
         self.g_last.copy_(torch.where(finite, g_mean, self.g_last))
+        return pairs
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that lives from one step to the next, by name."""
@@ -178,19 +190,28 @@ def average_gradients(layers: Sequence[Layer], weight_decay: float, momentum: fl
     gradients = [p.grad.to(M.dtype) for M, p in zip(momenta, params, strict=True) if p.grad is not None]
     if weight_decay:
         gradients = list(torch._foreach_add(gradients, params, alpha=weight_decay))
-    gradients = [torch.where(finite, G, M) for G, M in zip(gradients, momenta, strict=True)]
-    torch._foreach_lerp_(momenta, gradients, 1.0 - momentum)  # views: every layer's M moves
+    # Where a gradient is not finite all weights are zero, and zero times anything else would not be: half the time of
+    # a choice between G and M.
+    gradients = [torch.nan_to_num(G, nan=0.0, posinf=0.0, neginf=0.0) for G in gradients]
+    weights = {dtype: (1.0 - momentum) * finite.to(dtype) for dtype in {M.dtype for M in momenta}}
+    torch._foreach_lerp_(momenta, gradients, [weights[M.dtype] for M in momenta])  # views: every layer's M moves
 
 
-def move(layers: Sequence[Layer], directions: Sequence[Tensor], lengths: Sequence[Tensor]) -> None:
-    """`[W | b] <- [W | b] - length D`; `D` `[groups, d_out, d_in]`, `length` one entry or `[groups, d_out, 1]`."""
+def move(
+    layers: Sequence[Layer], directions: Sequence[Tensor], divisors: Sequence[Tensor], lr: Sequence[float]
+) -> None:
+    """`[W | b] <- [W | b] - lr D / divisor`, each layer with its own.
+
+    `D` is `[groups, d_out, d_in]`, `divisor` has one entry or is `[groups, d_out, 1]`.
+    """
     params: list[Tensor] = [p for layer in layers for p in layer.parameters]
     parts = [part for layer, D in zip(layers, directions, strict=True) for part in layer.parts(D)]
-    factors = [
-        length.reshape(-1, *[1] * (p.dim() - 1))
-        for layer, length in zip(layers, lengths, strict=True) for p in layer.parameters
+    shaped = [
+        divisor.reshape(-1, *[1] * (p.dim() - 1))
+        for layer, divisor in zip(layers, divisors, strict=True) for p in layer.parameters
     ]  # fmt: skip
-    torch._foreach_addcmul_(params, parts, factors, -1.0)
+    factors = [-rate for layer, rate in zip(layers, lr, strict=True) for _ in layer.parameters]
+    torch._foreach_addcdiv_(params, parts, shaped, factors)
 
 
 class Sizes(Protocol):

@@ -43,8 +43,8 @@ BREAKS = [
     Break(
         "the dense inverse update never lands",
         "kfqn_core/factors.py",
-        "bfgs_inverse_update_(self.H, s, y, keep)",
-        "bfgs_inverse_update_(self.H.clone(), s, y, keep)",
+        "bfgs_inverse_update_(Hs, s, y,",
+        "bfgs_inverse_update_([H.clone() for H in Hs], s, y,",
         (f"{PARITY}[None-square_loss]",),
     ),
     Break(

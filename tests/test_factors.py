@@ -12,9 +12,18 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kfqn_core.capture import Record, Use
-from kfqn_core.factors import ActivationFactor, DenseInverse, ExactActivationFactor, GradientFactor, acceptable
+from kfqn_core.factors import (
+    ActivationFactor,
+    DenseInverse,
+    ExactActivationFactor,
+    GradientFactor,
+    Pair,
+    acceptable,
+    append_pairs,
+)
 from kfqn_core.lab.checks import relative_error
 from kfqn_core.layers import view
+from kfqn_core.secant import LimitedMemoryInverse, bfgs_inverse_update
 
 F64 = torch.float64
 TRUE = torch.tensor(True)
@@ -215,12 +224,12 @@ def test_one_step_bound_from_above_is_attained_step_after_step():
         cosine, sine = (c / (c + 1)) ** 0.5, (1 / (c + 1)) ** 0.5
         flat = cosine * s + sine * torch.stack([-s[1], s[0]])
         M = damping * (c * torch.eye(2, dtype=F64) - (c - 1) * torch.outer(flat, flat))
-        high = torch.linalg.eigvalsh(factor.H)[-1]
-        factor.append(s, M @ s, TRUE)
-        ratio = torch.linalg.eigvalsh(factor.H)[-1] / (growth * high + 1 / damping)
+        high = torch.linalg.eigvalsh(factor.H[0])[-1]
+        append_pairs([Pair(factor, s[None], (M @ s)[None], s[None])], TRUE)
+        ratio = torch.linalg.eigvalsh(factor.H[0])[-1] / (growth * high + 1 / damping)
         s = torch.nn.functional.normalize(M @ s, dim=0)
     assert 0.9999 < ratio < 1 + 1e-12
-    assert torch.linalg.eigvalsh(factor.H)[-1] > growth**11
+    assert torch.linalg.eigvalsh(factor.H[0])[-1] > growth**11
 
 
 def test_groups_are_independent_factors():
@@ -342,16 +351,50 @@ def test_a_start_with_a_non_finite_second_moment_counts_it_as_zero():
 
 
 def test_a_refused_or_overflowing_pair_leaves_the_inverse():
-    inverse = DenseInverse(2, batch=(2,), dtype=torch.float32)
+    inverse = DenseInverse(2, groups=2, dtype=torch.float32)
     s = torch.ones(2, 2)
-    inverse.append(s, 2 * s, torch.tensor([True, False]))
+    append_pairs([Pair(inverse, s, 2 * s, torch.tensor([[1.0, 0.0], [torch.nan, 0.0]]))], TRUE)
     assert relative_error(inverse.dense()[0] @ (2 * s[0]), s[0]) < 1e-6
     assert torch.equal(inverse.dense()[1], torch.eye(2))
     before = inverse.dense().clone()
-    inverse.append(1e30 * s, 1e-30 * s, torch.tensor([True, True]))  # H+ overflows float32
+    append_pairs([Pair(inverse, 1e18 * s, 1e-21 * s, 1e-36 * s)], TRUE)  # acceptable, but H+ overflows float32
     assert torch.equal(inverse.dense(), before)
     V = torch.arange(8.0).reshape(2, 2, 2)
     assert torch.equal(inverse.apply(V), before @ V)
+
+
+def test_pairs_of_many_layers_enter_as_each_would_alone():
+    """Of different sizes, groups, dtypes and kinds; a pair that is refused, or not a number, disturbs nobody else."""
+    generator = torch.Generator().manual_seed(0)
+
+    def made(groups, n, dtype, bad=None):
+        s, v = (torch.randn(groups, n, generator=generator, dtype=F64) for _ in range(2))
+        y = (random_spd(n, n, groups) @ s[..., None])[..., 0]
+        if bad is not None:
+            y[0] = bad * s[0]
+        H = random_spd(n, n + 1, groups).to(dtype)
+        inverse = DenseInverse(n, groups=groups, dtype=dtype)
+        inverse.H.copy_(H)
+        expected = bfgs_inverse_update(H, s.to(dtype), y.to(dtype))
+        expected = torch.where(acceptable(s, y, v)[:, None, None], expected, H)
+        return Pair(inverse, s.to(dtype), y.to(dtype), v.to(dtype)), expected
+
+    cases = [made(1, 3, F64), made(2, 7, F64), made(3, 2, F64, bad=-1.0), made(1, 5, torch.float32),
+             made(2, 4, torch.float32, bad=torch.nan), made(1, 1, F64)]  # fmt: skip
+    limited, alone = (LimitedMemoryInverse(4, 3, batch=(1,), dtype=F64) for _ in range(2))
+    s = torch.randn(1, 4, generator=generator, dtype=F64)
+    alone.append(s, 2 * s)
+    pairs = [pair for pair, _ in cases]
+    before = [pair.inverse.dense().clone() for pair in pairs]
+    append_pairs([*pairs, Pair(limited, s, 2 * s, s)], torch.tensor(False))
+    assert all(torch.equal(pair.inverse.dense(), H) for pair, H in zip(pairs, before, strict=True))
+    assert torch.equal(limited.S, torch.zeros_like(limited.S))
+    append_pairs([*pairs, Pair(limited, s, 2 * s, s)], TRUE)
+    for pair, expected in cases:
+        precision = 1e-12 if pair.s.dtype == F64 else 1e-3  # condition 1e4 times the rounding of the dtype
+        assert relative_error(pair.inverse.dense(), expected) < precision
+    assert all(torch.equal(cases[i][0].inverse.dense()[0], before[i][0]) for i in (2, 4))
+    assert torch.equal(limited.dense(), alone.dense())
 
 
 def test_float32_factor_stays_symmetric_and_close_to_float64():

@@ -167,7 +167,7 @@ def test_update_in_place_is_the_update(n, batch, condition, cosine, seed):
     y[1] = 0  # s^T y = 0: H+ is not finite
     keep = torch.tensor([False, True] + [True] * batch)
     expected, actual = bfgs_inverse_update(H, s, y), H.clone()
-    bfgs_inverse_update_(actual, s, y, keep)
+    bfgs_inverse_update_([actual], s, y, keep)
     assert torch.equal(actual[:2], H[:2])
     sizes = torch.linalg.matrix_norm(torch.stack([H, expected])[:, 2:], 2).sum(0)
     assert (torch.linalg.matrix_norm(actual - expected)[2:] < 1e-13 * sizes / cosine).all()
@@ -179,7 +179,7 @@ def test_update_in_place_stays_symmetric_to_rounding():
     M, H = spd(20, 2, generator).float(), torch.eye(20)
     for _ in range(1000):
         s = H @ torch.randn(20, generator=generator)
-        bfgs_inverse_update_(H, s, M @ s, torch.tensor(True))
+        bfgs_inverse_update_([H[None]], s[None], (M @ s)[None], torch.tensor([True]))
     assert (H - H.mT).abs().max() < 1e-5 * H.abs().max()
     assert relative_error(H @ M, torch.eye(20)) < 1e-3
 
