@@ -128,11 +128,15 @@ class Capture:
         model: its forward marks the beginning of a pass.
         layers: the layers to watch, by name, each with its view.
         outputs: whether the means of `h` and `g` are wanted; without them only inputs are kept.
+
+    Attributes:
+        watching: while false, training forwards are not recorded either.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, tuple[nn.Module, LayerView]], *, outputs: bool):
         self.ranks = Ranks()
         self._views = {name: view for name, (_, view) in layers.items()}
+        self.watching = True
         self._outputs = outputs
         self._always = False
         self._start_graph = False
@@ -202,7 +206,7 @@ class Capture:
             self._start_graph = False
 
     def _fires(self, module: nn.Module) -> bool:
-        return self._always or (module.training and torch.is_grad_enabled())
+        return self._always or (self.watching and module.training and torch.is_grad_enabled())
 
     def _observe(self, name: str, x: Tensor, h: Tensor) -> Tensor:
         if torch._C._are_functorch_transforms_active():

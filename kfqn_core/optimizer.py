@@ -161,6 +161,7 @@ class KFQN(torch.optim.Optimizer):
         self._warm_started = False
         self._skipped = torch.zeros((), dtype=torch.int64, device=curvature[0].device)
         self._capture = Capture(model, modules, outputs=pairs is not None)
+        self._watch()
 
     @property
     def layers(self) -> dict[str, Layer]:
@@ -256,7 +257,8 @@ class KFQN(torch.optim.Optimizer):
 
         with self._no_autocast():
             for layer in layers:
-                self._observe_inputs(layer, records[layer.name], finite)
+                if layer.name in records:
+                    self._observe_inputs(layer, records[layer.name], finite)
             self._move(layers, finite)
             self._move_rest(finite)
         pairs: list[Pair] = []
@@ -274,6 +276,7 @@ class KFQN(torch.optim.Optimizer):
                     pairs += layer.activation_pairs(records[layer.name], finite)
             append_pairs(pairs, finite)
         self._steps += 1
+        self._watch()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -321,6 +324,14 @@ class KFQN(torch.optim.Optimizer):
         self._skipped.fill_(counters["skipped_steps"])
         for layer, started in zip(self._layers, counters["started"], strict=True):
             layer.activation.started = started
+        self._watch()
+
+    def _watch(self) -> None:
+        """Look at the mini-batches of the next step only if it needs them: between updates most need their gradient."""
+        always = self._pairs == "next_batch" or any(
+            layer.activation.A is not None or not layer.activation.started for layer in self._layers
+        )
+        self._capture.watching = always or refreshes(self._steps, self._refresh)
 
     def _no_autocast(self) -> torch.autocast:
         """Curvature needs its digits, also where a user's whole training step stands under autocast."""
@@ -338,7 +349,7 @@ class KFQN(torch.optim.Optimizer):
 
     def _records(self, layers: list[Layer]) -> dict[str, Record]:
         records = self._capture.take()
-        unseen = [layer.name for layer in layers if layer.name not in records]
+        unseen = [layer.name for layer in layers if self._capture.watching and layer.name not in records]
         if unseen or not layers:
             raise RuntimeError(
                 f"no training forward of {unseen or 'any layer'} was seen before this step: call model.train(), run "

@@ -113,8 +113,8 @@ BREAKS = [
     Break(
         "hooks fire in evaluation",
         "kfqn_core/capture.py",
-        "(module.training and torch.is_grad_enabled())",
-        "torch.is_grad_enabled()",
+        "self.watching and module.training and torch.is_grad_enabled()",
+        "self.watching and torch.is_grad_enabled()",
         (NO_TRACE,),
     ),
     Break(

@@ -300,6 +300,38 @@ def test_refresh_evaluates_again_only_on_refresh_steps():
     assert calls == [0, 0, 1, 2, 3, 3, 4, 5]
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, {0, 3, 6}),
+        ({"pairs": "second_pass"}, {0, 3, 6}),
+        ({"pairs": "next_batch"}, set(range(8))),  # the last mini-batch is remembered
+        ({"activation_factor": "action", "activation_decay": 0.9}, set(range(8))),  # so is the average of A
+    ],
+)
+def test_between_updates_mini_batches_are_not_looked_at(options, expected):
+    """And nothing is lost: a twin that always looks moves alike, bit for bit."""
+    data, ends = batches(), []
+    for always in (False, True):
+        model = tanh_network()
+        optimizer = KFQN(model, lr=0.1, **options, refresh=3)
+        if always:
+            optimizer._watch = lambda: None
+        looked = set()
+        for k in range(8):
+            closure = closure_for(model, optimizer, square_loss, *data[k % 5])
+
+            def watched(closure=closure, optimizer=optimizer, looked=looked, k=k):
+                loss = closure()
+                looked.update({k} if optimizer._capture._finished else ())
+                return loss
+
+            optimizer.step(watched)
+        assert looked == (set(range(8)) if always else expected)
+        ends.append(snapshot(model, optimizer).values())
+    assert all(torch.equal(a, b) or (a.isnan() & b.isnan()).all() for a, b in zip(*ends, strict=True))
+
+
 def test_evaluation_and_copies_leave_no_trace():
     x, y = batches()[0]
     model = tanh_network()
@@ -457,6 +489,20 @@ def test_an_unused_layer_is_left_alone():
     assert not torch.equal(before["a.H_a"], after["a.H_a"])
     assert not torch.equal(before["b.H_a"], after["b.H_a"])
     assert torch.isfinite(model.a.weight).all()
+
+
+def test_a_layer_that_is_first_used_between_updates_starts_there():
+    model = nn.ModuleDict({"a": nn.Linear(6, 5), "b": nn.Linear(6, 5)}).double()
+    optimizer = KFQN(model, lr=0.1, refresh=10)
+    for k, (name, (x, y)) in enumerate(zip("aaba", batches(widths=(6, 5)), strict=False)):
+        assert optimizer.layers["b"].activation.started == (k > 2)
+        optimizer.zero_grad()
+        square_loss(model[name](x), y).backward()
+        optimizer.step()
+        if name == "b":
+            a = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+            exact = torch.linalg.inv(a.T @ a / len(a) + 0.03 * torch.eye(7, dtype=torch.float64))
+            assert error(optimizer.layers["b"].activation.H[0], exact) < 1e-10
 
 
 def test_sequences_train():
