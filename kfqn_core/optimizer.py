@@ -88,7 +88,8 @@ class KFQN(torch.optim.Optimizer):
     optimizer))`, or a pickle of both, goes on as the originals do. Otherwise use `state_dict`.
 
     Wrappers: `model` may be wrapped by `torch.compile` or `DistributedDataParallel`, before or after. A compiled model
-    leaves its graph at every curvature layer in training (so no `fullgraph=True`) and never in evaluation. Under
+    leaves its graph at every curvature layer where mini-batches are looked at (so no `fullgraph=True`), and never in
+    evaluation. Under
     `DistributedDataParallel` the statistics are averaged over ranks as gradients are: `O(d)` numbers per layer and
     step, `d_in^2` where `A` is kept. Every rank takes the same steps through the same layers.
     """

@@ -49,24 +49,29 @@ class Straight(nn.Module):
         return self.norm(torch.tanh(self.b(torch.tanh(self.a(x)).flatten(1))))
 
 
+COMPILED = {name: METHODS[name] for name in ("default", "KBFGS_2020", "next_batch")} | {
+    "watched now and then": {"refresh": 3}
+}
+
+
 @pytest.mark.parametrize("order", ["KFQN first", "torch.compile first", "model.compile first"])
-@pytest.mark.parametrize("method", ["default", "KBFGS_2020", "next_batch"])
+@pytest.mark.parametrize("method", COMPILED)
 def test_a_compiled_model_trains_as_the_model(method, order):
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = Straight().double()
     compiled = twin = copy.deepcopy(model)
     data = [(torch.randn(6, 2, 5, 5).double(), torch.randn(6, 5).double()) for _ in range(2)]
-    usual = KFQN(model, lr=0.05, **METHODS[method])
+    usual = KFQN(model, lr=0.05, **COMPILED[method])
     if order == "model.compile first":
         twin.compile(backend="aot_eager")
     elif order == "torch.compile first":
         compiled = torch.compile(twin, backend="aot_eager")
-    optimizer = KFQN(compiled, lr=0.05, **METHODS[method])
+    optimizer = KFQN(compiled, lr=0.05, **COMPILED[method])
     if order == "KFQN first":
         compiled = torch.compile(twin, backend="aot_eager")
-    train(model, usual, data, 4)
-    train(compiled, optimizer, data, 4)
+    train(model, usual, data, 5)
+    train(compiled, optimizer, data, 5)
     expected, actual = snapshot(model, usual), snapshot(twin, optimizer)
     for (key, value), found in zip(expected.items(), actual.values(), strict=True):
         assert error(found, value) < 1e-12, key

@@ -491,6 +491,32 @@ def test_an_unused_layer_is_left_alone():
     assert torch.isfinite(model.a.weight).all()
 
 
+def test_a_loaded_state_says_whether_the_next_mini_batch_is_looked_at():
+    data = batches()
+    ahead, behind = (tanh_network() for _ in range(2))
+    optimizers = [KFQN(model, lr=0.1, refresh=3) for model in (ahead, behind)]
+    train(ahead, optimizers[0], data, 3)
+    train(behind, optimizers[1], data, 1)
+    behind.load_state_dict(ahead.state_dict())
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    for model, optimizer in zip((ahead, behind), optimizers, strict=True):
+        train(model, optimizer, data, 4)  # the first of these updates curvature
+    ends = (snapshot(ahead, optimizers[0]).values(), snapshot(behind, optimizers[1]).values())
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_a_pair_of_consecutive_mini_batches_is_judged_by_the_gradient_before():
+    model, (x, y) = tanh_network(), batches()[0]
+    optimizer = KFQN(model, lr=0.1, pairs="next_batch")
+    train(model, optimizer, [(x, y)], 1)
+    layer = next(iter(optimizer.layers.values()))
+    before = layer.g_last.clone()
+    square_loss(model(x), y).backward()
+    (pair,) = layer.pair_with_last(optimizer._capture.take()[layer.name], True, torch.tensor(True))
+    assert torch.equal(pair.v, before)
+    assert not torch.equal(layer.g_last, before)
+
+
 def test_a_layer_that_is_first_used_between_updates_starts_there():
     model = nn.ModuleDict({"a": nn.Linear(6, 5), "b": nn.Linear(6, 5)}).double()
     optimizer = KFQN(model, lr=0.1, refresh=10)

@@ -173,6 +173,18 @@ def test_update_in_place_is_the_update(n, batch, condition, cosine, seed):
     assert (torch.linalg.matrix_norm(actual - expected)[2:] < 1e-13 * sizes / cosine).all()
 
 
+def test_update_in_place_uses_the_symmetric_part_and_leaves_the_skew_part():
+    """Of an `H` with `H y` alone the skew part would be multiplied from update to update (chapter 6)."""
+    generator = torch.Generator().manual_seed(3)
+    H, (s, y) = spd(6, 1, generator, (2,)), pair(6, 0.5, generator, (2,))
+    K = 0.1 * torch.randn(2, 6, 6, generator=generator, dtype=torch.float64)
+    K = K - K.mT
+    actual = H + K
+    bfgs_inverse_update_([actual], s, y, torch.tensor([True, True]))
+    assert relative_error((actual + actual.mT) / 2, bfgs_inverse_update(H, s, y)) < 1e-14
+    assert relative_error((actual - actual.mT) / 2, K) < 1e-13
+
+
 def test_update_in_place_stays_symmetric_to_rounding():
     """Over a thousand updates in float32 the asymmetry remains that of a few roundings."""
     generator = torch.Generator().manual_seed(0)
