@@ -114,15 +114,15 @@ class Record:
 class Capture:
     """Records of every layer in `layers` during training forwards of `model`.
 
-    A hook fires only where gradients are enabled and the layer is in training mode, so evaluation leaves no trace; nor
-    does a pass that backward never reaches, or one that activation checkpointing repeats during backward. Until
+    While `watching`, a hook fires where gradients are enabled and the layer is in training mode, so evaluation leaves
+    no trace; nor does a pass that backward never reaches, or one that activation checkpointing repeats. Until
     backward reaches it, a pass belongs to its graph and goes with it: several forwards may share one backward. The
     hooks know this object weakly, and fire only for the module they were made for: neither a deleted optimizer nor a
     copy of the model writes anywhere. Only where this object is copied or pickled together with the model do the copied
     hooks work, for the copies; passes are left behind, as gradients are.
 
-    Under `torch.compile` a training forward leaves the graph at every layer watched here, so that `fullgraph=True` is
-    for evaluation only. Inside a transform of `torch.func` nothing is recorded.
+    Under `torch.compile` a training forward that is watched leaves the graph at every layer, so that `fullgraph=True`
+    is for evaluation only. Inside a transform of `torch.func` nothing is recorded.
 
     Args:
         model: its forward marks the beginning of a pass.
@@ -130,7 +130,7 @@ class Capture:
         outputs: whether the means of `h` and `g` are wanted; without them only inputs are kept.
 
     Attributes:
-        watching: while false, training forwards are not recorded either.
+        watching: while false, nothing is recorded but what `inputs_only` asks for.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, tuple[nn.Module, LayerView]], *, outputs: bool):
@@ -160,6 +160,7 @@ class Capture:
     def __setstate__(self, state: dict[str, Any]) -> None:
         modules = state.pop("_modules")
         vars(self).update(state)
+        self.watching = True  # the first pass also tells which ranks there are
         self._observe_eagerly = _eager(Capture._observe)
         for hook, module in zip(self._hooks, modules, strict=True):
             hook.capture, hook.module = weakref.ref(self), weakref.ref(module)
@@ -170,6 +171,7 @@ class Capture:
             handle.remove()
         self._handles.clear()
         self._hooks.clear()
+        self.watching = True  # what is not seen is missed
         self.clear()
 
     def clear(self) -> None:

@@ -39,7 +39,7 @@ def acceptable(s: Tensor, y: Tensor, v: Tensor) -> Tensor:
 class DenseInverse:
     """A dense inverse Hessian estimate: `H`, `[groups, size, size]`, the identity at first.
 
-    It is applied as a :class:`~kfqn_core.secant.LimitedMemoryInverse` is; pairs enter by `append_pairs`.
+    `apply` and `dense` are those of a :class:`~kfqn_core.secant.LimitedMemoryInverse`; pairs enter by `append_pairs`.
     """
 
     def __init__(
@@ -68,21 +68,24 @@ class Pair(NamedTuple):
 def append_pairs(pairs: Sequence[Pair], finite: Tensor) -> None:
     """Update every inverse with its pair where that is `acceptable` and the boolean scalar `finite` holds.
 
-    The dense ones are updated together: their vectors are judged, and changed, as the rows of one tensor.
+    The dense ones are updated together: their vectors are judged, and changed, as the rows of one tensor. Layers with
+    groups have many short rows, and share a tensor only with others of their length.
     """
-    for dtype in dict.fromkeys(pair.s.dtype for pair in pairs):
-        dense = [pair for pair in pairs if isinstance(pair.inverse, DenseInverse) and pair.s.dtype == dtype]
-        if dense:
-            Hs = [pair.inverse.dense() for pair in dense]
-            rows, longest = sum(H.shape[0] for H in Hs), max(H.shape[-1] for H in Hs)
-            vectors = Hs[0].new_zeros(3, rows, longest)
-            for block, pair in zip(row_blocks(vectors.movedim(0, -1), Hs), dense, strict=True):
-                block.copy_(torch.stack(pair[1:], dim=-1))
-            s, y, v = vectors
-            bfgs_inverse_update_(Hs, s, y, acceptable(s, y, v) & finite)
+    together: dict[tuple[torch.dtype, int | None], list[Pair]] = {}
     for pair in pairs:
-        if isinstance(pair.inverse, LimitedMemoryInverse):
+        if isinstance(pair.inverse, DenseInverse):
+            groups, n = pair.s.shape
+            together.setdefault((pair.s.dtype, n if groups > 1 else None), []).append(pair)
+        else:
             pair.inverse.append(pair.s, pair.y, acceptable(pair.s, pair.y, pair.v) & finite)
+    for dense in together.values():
+        Hs = [pair.inverse.dense() for pair in dense]
+        rows, longest = sum(H.shape[0] for H in Hs), max(H.shape[-1] for H in Hs)
+        vectors = Hs[0].new_zeros(3, rows, longest)
+        for block, pair in zip(row_blocks(vectors.movedim(0, -1), Hs), dense, strict=True):
+            block.copy_(torch.stack(pair[1:], dim=-1))
+        s, y, v = vectors
+        bfgs_inverse_update_(Hs, s, y, acceptable(s, y, v) & finite)
 
 
 class ActivationFactor:
@@ -232,7 +235,7 @@ class GradientFactor:
         return {**pairs, "S": self.inverse.S, "Y": self.inverse.Y, "R_inv": self.inverse.R_inv}
 
     def pair(self, s: Tensor, y: Tensor, g_mean: Tensor, finite: Tensor) -> Pair:
-        """Average the pair, and return a damped copy of the average.
+        """Average the pair, and return a damped copy of the average: one that is refused if this pair is not finite.
 
         Args:
             s: `[groups, d_out]`, change of the mean pre-activation over the step.
@@ -251,7 +254,7 @@ class GradientFactor:
         size_s, size_y = (torch.linalg.vector_norm(vector, dim=-1, keepdim=True) for vector in (s, y))
         noise = torch.finfo(dtype).eps ** 0.5 * self.damping * size_s
         s, y = self._damped(s, torch.where(size_y > noise, y, 0.0))
-        return Pair(self.inverse, s, y, g_mean.to(dtype))
+        return Pair(self.inverse, s, y, torch.where(finite, g_mean.to(dtype), torch.nan))  # NaN is not acceptable
 
     def update(self, s: Tensor, y: Tensor, g_mean: Tensor, finite: Tensor) -> None:
         """Update `H_g` alone with what `pair` makes of its arguments; `append_pairs` does many layers at once."""

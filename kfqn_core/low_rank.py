@@ -43,7 +43,7 @@ def nystroem(Q: Tensor, Y: Tensor) -> Tensor:
 
 
 class LowRankActivationFactor:
-    """`H_a = (F F^T + diag(max(d - |F|^2, 0)) + lambda_A I)^-1`, with the interface of `factors.ActivationFactor`.
+    """`H_a = (F F^T + diag(max(d - |F|^2, 0)) + lambda_A I)^-1`, used as `factors.ActivationFactor` is.
 
     One step of subspace iteration per update: `Y = A Q` for an orthonormal basis `Q` of the columns of `F`, with the
     mini-batch in a running average, and `F` from Nystroem's formula. The inverse is Woodbury's:
@@ -126,6 +126,7 @@ class LowRankActivationFactor:
         at, half_periods = (torch.arange(0.5, k, dtype=self.F.dtype, device=self.F.device) for k in (n, rank))
         waves = torch.cos(torch.outer(at, half_periods * (torch.pi / rank)))
         size = torch.linalg.vector_norm(self.F, dim=(-2, -1), keepdim=True)
+        size = torch.where(size > 0, size, 1.0)
         return torch.linalg.qr(torch.addcmul(self.F, waves, size, value=COMPLETION / n**0.5)).Q
 
     def _invert(self) -> None:

@@ -88,10 +88,10 @@ class KFQN(torch.optim.Optimizer):
     optimizer))`, or a pickle of both, goes on as the originals do. Otherwise use `state_dict`.
 
     Wrappers: `model` may be wrapped by `torch.compile` or `DistributedDataParallel`, before or after. A compiled model
-    leaves its graph at every curvature layer where mini-batches are looked at (so no `fullgraph=True`), and never in
-    evaluation. Under
-    `DistributedDataParallel` the statistics are averaged over ranks as gradients are: `O(d)` numbers per layer and
-    step, `d_in^2` where `A` is kept. Every rank takes the same steps through the same layers.
+    leaves its graph at every curvature layer in steps that look at the mini-batch (so no `fullgraph=True`), and never
+    in evaluation.
+    Under `DistributedDataParallel` the statistics of these steps are averaged over ranks as gradients are: `O(d)`
+    numbers per layer, `d_in^2` where `A` is kept. Every rank takes the same steps through the same layers.
     """
 
     def __init__(
@@ -162,7 +162,6 @@ class KFQN(torch.optim.Optimizer):
         self._warm_started = False
         self._skipped = torch.zeros((), dtype=torch.int64, device=curvature[0].device)
         self._capture = Capture(model, modules, outputs=pairs is not None)
-        self._watch()
 
     @property
     def layers(self) -> dict[str, Layer]:
@@ -237,7 +236,8 @@ class KFQN(torch.optim.Optimizer):
         """One step. Returns the closure's loss at the point before it, or None without a closure.
 
         Raises:
-            RuntimeError: if `pairs="second_pass"` and no closure is given, or no training forward was seen.
+            RuntimeError: if `pairs="second_pass"` and no closure is given; or if curvature is to be updated and no
+                training forward was seen.
         """
         second_pass = self._pairs == "second_pass"
         if second_pass and closure is None:
@@ -262,22 +262,22 @@ class KFQN(torch.optim.Optimizer):
                     self._observe_inputs(layer, records[layer.name], finite)
             self._move(layers, finite)
             self._move_rest(finite)
-        pairs: list[Pair] = []
+        secant_pairs: list[Pair] = []
         if again is not None and closure is not None:
             with self._capture.frozen_parameters(), self._capture.ranks.apart():
                 again.evaluate(closure)
             after = self._records(layers)
             with self._no_autocast():
-                pairs += [layer.pair_with(records[layer.name], after[layer.name], finite) for layer in layers]
+                secant_pairs += [layer.pair_with(records[layer.name], after[layer.name], finite) for layer in layers]
         with self._no_autocast():
             for layer in layers:
                 if self._pairs == "next_batch":
-                    pairs += layer.pair_with_last(records[layer.name], refresh, finite)
+                    secant_pairs += layer.pair_with_last(records[layer.name], refresh, finite)
                 if refresh:
-                    pairs += layer.activation_pairs(records[layer.name], finite)
-            append_pairs(pairs, finite)
+                    secant_pairs += layer.activation_pairs(records[layer.name], finite)
+            append_pairs(secant_pairs, finite)
         self._steps += 1
-        self._watch()
+        self._decide_watching()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -325,14 +325,14 @@ class KFQN(torch.optim.Optimizer):
         self._skipped.fill_(counters["skipped_steps"])
         for layer, started in zip(self._layers, counters["started"], strict=True):
             layer.activation.started = started
-        self._watch()
+        self._capture.watching = True  # the first pass also tells which ranks there are
 
-    def _watch(self) -> None:
-        """Look at the mini-batches of the next step only if it needs them: between updates most need their gradient."""
-        always = self._pairs == "next_batch" or any(
+    def _decide_watching(self) -> None:
+        """Look at the mini-batches of the next step only if it needs them: between updates gradients are enough."""
+        every_step = self._pairs == "next_batch" or any(
             layer.activation.A is not None or not layer.activation.started for layer in self._layers
         )
-        self._capture.watching = always or refreshes(self._steps, self._refresh)
+        self._capture.watching = every_step or refreshes(self._steps, self._refresh)
 
     def _no_autocast(self) -> torch.autocast:
         """Curvature needs its digits, also where a user's whole training step stands under autocast."""
@@ -380,17 +380,14 @@ class KFQN(torch.optim.Optimizer):
         # All at once, which takes as much memory as the gradients for the length of this call.
         directions = [layer.direction() for layer in layers]
         _shrink([p for layer in layers for p in layer.parameters], group, finite)
-        divisors = self._divisors(directions)
+        divisors = self._divisors(directions, group["lr"])
         torch._foreach_div_(divisors, finite.to(directions[0].dtype))  # infinite where the step is skipped
-        per_row = self._step_length == "normalised_rows"
-        sizes = [D.shape[-1] if per_row else D.numel() for D in directions]
-        lr, raw = group["lr"], self._step_length == "raw"
-        move(layers, directions, divisors, [lr if raw else lr * 0.2 * math.sqrt(size) for size in sizes])
+        move(layers, directions, divisors)
 
-    def _divisors(self, directions: list[Tensor]) -> list[Tensor]:
-        """The length that each D is divided by: of one entry, or `[groups, d_out, 1]`."""
+    def _divisors(self, directions: list[Tensor], lr: float) -> list[Tensor]:
+        """What each D is divided by, the rate included: of one entry, or `[groups, d_out, 1]`."""
         if self._step_length == "raw":
-            return [D.new_ones(1) for D in directions]
+            return list(torch._foreach_div([D.new_ones(1) for D in directions], [lr] * len(directions)))
         if self._step_length == "normalised":
             norms = list(torch._foreach_norm(directions))
         else:
@@ -399,6 +396,9 @@ class KFQN(torch.optim.Optimizer):
             torch._foreach_mul_(floors, [ROW_FLOOR / n.numel() for n in norms])
             torch._foreach_add_(norms, floors)
         torch._foreach_clamp_min_(norms, SHORTEST)
+        per_row = self._step_length == "normalised_rows"
+        sizes = [D.shape[-1] if per_row else D.numel() for D in directions]
+        torch._foreach_div_(norms, [lr * 0.2 * math.sqrt(size) for size in sizes])  # a rate of 0: nothing moves
         return norms
 
     def _move_rest(self, finite: Tensor) -> None:

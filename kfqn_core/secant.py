@@ -43,7 +43,7 @@ def bfgs_inverse_update(H: Tensor, s: Tensor, y: Tensor) -> Tensor:
 def bfgs_inverse_update_(Hs: Sequence[Tensor], S: Tensor, Y: Tensor, keep: Tensor) -> None:
     """`bfgs_inverse_update` in place, of several matrices: each becomes its `H+` where `keep` holds and `H+` is finite.
 
-    A model has many small factors, and what is done to vectors is a dozen small kernels. So the vectors of all layers
+    A model has many small factors, and what is done to the vectors of one takes a dozen small kernels. So those of all
     are the rows of one tensor, padded with zeros, which changes no product. Only what reads a matrix is done one by
     one: `H y`, `H^T y`, and the change of H, one product of two matrices of rank two. H is read three times and
     written once, where the plain form passes ten times over it. Rounding leaves H a little unsymmetric, and

@@ -190,28 +190,22 @@ def average_gradients(layers: Sequence[Layer], weight_decay: float, momentum: fl
     gradients = [p.grad.to(M.dtype) for M, p in zip(momenta, params, strict=True) if p.grad is not None]
     if weight_decay:
         gradients = list(torch._foreach_add(gradients, params, alpha=weight_decay))
-    # Where a gradient is not finite all weights are zero, and zero times anything else would not be: half the time of
-    # a choice between G and M.
+    # Where the step is skipped the weight is zero; but 0 times NaN is NaN, so that entries which are not finite become
+    # zero first. Together this takes half the time of a choice between G and M.
     gradients = [torch.nan_to_num(G, nan=0.0, posinf=0.0, neginf=0.0) for G in gradients]
     weights = {dtype: (1.0 - momentum) * finite.to(dtype) for dtype in {M.dtype for M in momenta}}
     torch._foreach_lerp_(momenta, gradients, [weights[M.dtype] for M in momenta])  # views: every layer's M moves
 
 
-def move(
-    layers: Sequence[Layer], directions: Sequence[Tensor], divisors: Sequence[Tensor], lr: Sequence[float]
-) -> None:
-    """`[W | b] <- [W | b] - lr D / divisor`, each layer with its own.
-
-    `D` is `[groups, d_out, d_in]`, `divisor` has one entry or is `[groups, d_out, 1]`.
-    """
+def move(layers: Sequence[Layer], directions: Sequence[Tensor], divisors: Sequence[Tensor]) -> None:
+    """`[W | b] <- [W | b] - D / divisor`; `D` `[groups, d_out, d_in]`, `divisor` one entry or `[groups, d_out, 1]`."""
     params: list[Tensor] = [p for layer in layers for p in layer.parameters]
     parts = [part for layer, D in zip(layers, directions, strict=True) for part in layer.parts(D)]
     shaped = [
         divisor.reshape(-1, *[1] * (p.dim() - 1))
         for layer, divisor in zip(layers, divisors, strict=True) for p in layer.parameters
     ]  # fmt: skip
-    factors = [-rate for layer, rate in zip(layers, lr, strict=True) for _ in layer.parameters]
-    torch._foreach_addcdiv_(params, parts, shaped, factors)
+    torch._foreach_addcdiv_(params, parts, shaped, -1.0)
 
 
 class Sizes(Protocol):

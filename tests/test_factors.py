@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from kfqn_core import factors
 from kfqn_core.capture import Record, Use
 from kfqn_core.factors import (
     ActivationFactor,
@@ -428,6 +429,30 @@ def test_a_pair_of_rounding_errors_is_a_pair_without_curvature(pair_damping):
     assert (
         relative_error(results[0][0] @ s[0], s[0] / 0.3) < 1e-12
     )  # curvature lambda_G along s, from the damping alone
+
+
+@pytest.mark.parametrize("memory", [None, 3])
+def test_a_pair_that_is_not_finite_does_not_append_the_old_average_again(memory):
+    factor = GradientFactor(
+        view(nn.Linear(3, 4)), 0.3, memory, pair_damping="double", pair_momentum=0.9, mu1=0.2,
+        dtype=F64, device=torch.device("cpu"),
+    )  # fmt: skip
+    s, y = torch.tensor([[[1.0, -2.0, 0.5, 1.0]], [[2.0, -3.0, 1.5, 1.0]]], dtype=F64)
+    factor.update(s, y, y, TRUE)
+    before = {name: tensor.clone() for name, tensor in factor.tensors().items()}
+    factor.update(torch.nan * s, y, y, TRUE)
+    factor.update(s, torch.inf * y, y, TRUE)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in factor.tensors().items())
+
+
+def test_groups_share_no_tensor_with_longer_layers(monkeypatch):
+    """A depthwise convolution has a row for each channel; none is as long as the widest layer."""
+    entries = []
+    monkeypatch.setattr(factors, "bfgs_inverse_update_", lambda Hs, s, y, keep: entries.append(s.numel()))
+    shapes = [(1, 3), (1, 500), (200, 10), (100, 10)]
+    inverses = [DenseInverse(n, groups=groups) for groups, n in shapes]
+    append_pairs([Pair(H, *torch.ones(3, *shape)) for H, shape in zip(inverses, shapes, strict=True)], TRUE)
+    assert sorted(entries) == [2 * 500, 300 * 10]
 
 
 @pytest.mark.parametrize("decay", [None, 0.9])

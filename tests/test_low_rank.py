@@ -132,6 +132,20 @@ def test_warm_start_and_first_mini_batch_agree():
     assert relative_error(streamed.H, formed.H) < 1e-9  # power iterations multiply rounding by the gaps
 
 
+def test_a_factor_that_starts_from_nothing_finds_its_directions():
+    """Also where the first inputs are dead, as at the border of images: unit vectors would see nothing there."""
+    x = torch.randn(30, 12, generator=torch.Generator().manual_seed(0), dtype=F64)
+    x[:, :4] = 0
+    layer = nn.Linear(12, 3, bias=False, dtype=F64)
+    good, bad = record_of(layer, x), record_of(layer, torch.full_like(x, torch.nan))
+    factor = factor_of(good, 3)
+    factor.start_from(bad)
+    for _ in range(60):
+        factor.update(good, TRUE)
+    leading = torch.linalg.eigvalsh(second_moment(good)[0])[-3:]
+    assert relative_error(torch.linalg.svdvals(factor.F[0]).square().flip(0), leading) < 0.02  # 0.9^60 is missing
+
+
 def test_lost_directions_come_back():
     """Equal samples have one direction; with different ones the others are found again."""
     record = case("linear")

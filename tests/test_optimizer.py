@@ -316,7 +316,7 @@ def test_between_updates_mini_batches_are_not_looked_at(options, expected):
         model = tanh_network()
         optimizer = KFQN(model, lr=0.1, **options, refresh=3)
         if always:
-            optimizer._watch = lambda: None
+            optimizer._decide_watching = lambda: None
         looked = set()
         for k in range(8):
             closure = closure_for(model, optimizer, square_loss, *data[k % 5])
@@ -418,6 +418,21 @@ def test_factors_keep_their_dtype_with_bfloat16_parameters():
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+@pytest.mark.parametrize("step_length", ["raw", "normalised", "normalised_rows"])
+def test_a_rate_in_the_param_groups_may_be_a_tensor_or_zero(step_length):
+    data, ends = batches(), []
+    for rate in (0.01, torch.tensor(0.01, dtype=torch.float64), 0.0):
+        model = tanh_network()
+        optimizer = KFQN(model, lr=0.1, step_length=step_length)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        before = [p.detach().clone() for p in model.parameters()]
+        train(model, optimizer, data, 3)
+        ends.append([p - q for p, q in zip(model.parameters(), before, strict=True)])
+    assert all(error(a, b) < 1e-12 for a, b in zip(*ends[:2], strict=True))
+    assert all((move == 0).all() for move in ends[2])
+
+
 def test_schedulers_and_decay_act_through_the_param_groups():
     data = batches()
     model = tanh_network()
@@ -491,7 +506,7 @@ def test_an_unused_layer_is_left_alone():
     assert torch.isfinite(model.a.weight).all()
 
 
-def test_a_loaded_state_says_whether_the_next_mini_batch_is_looked_at():
+def test_after_loading_a_state_the_next_mini_batch_is_looked_at():
     data = batches()
     ahead, behind = (tanh_network() for _ in range(2))
     optimizers = [KFQN(model, lr=0.1, refresh=3) for model in (ahead, behind)]
@@ -501,6 +516,9 @@ def test_a_loaded_state_says_whether_the_next_mini_batch_is_looked_at():
     optimizers[1].load_state_dict(optimizers[0].state_dict())
     for model, optimizer in zip((ahead, behind), optimizers, strict=True):
         train(model, optimizer, data, 4)  # the first of these updates curvature
+    optimizers[0].remove_hooks()
+    with pytest.raises(RuntimeError, match="no training forward"):  # also where curvature would not be updated
+        train(ahead, optimizers[0], data, 1)
     ends = (snapshot(ahead, optimizers[0]).values(), snapshot(behind, optimizers[1]).values())
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
