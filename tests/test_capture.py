@@ -70,6 +70,17 @@ def test_model_and_optimizer_copied_together_go_on_bitwise(preset, duplicate, st
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in twin.modules())
 
 
+@pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
+def test_a_copy_made_between_updates_looks_at_its_first_mini_batch(duplicate):
+    """It is alone until a forward pass shows it the ranks that it belongs to."""
+    model = tanh_network()
+    optimizer = KFQN(model, lr=0.1, refresh=3)
+    train(model, optimizer, batches(), 1)
+    _, resumed = duplicate((model, optimizer))
+    assert not optimizer._capture.watching
+    assert resumed._capture.watching
+
+
 def test_a_copy_of_the_optimizer_alone_has_a_model_of_its_own():
     data, model = batches(), tanh_network()
     optimizer = KFQN(model, lr=0.1)
