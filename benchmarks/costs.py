@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
+import platform
 
 import torch
 
@@ -14,7 +16,7 @@ from benchmarks.timing import mean_interval, step_cost, stepper
 from kfqn_core import describe
 from kfqn_core.optimizer import KFQN
 
-__all__ = ["described_bytes", "step_cost_table"]
+__all__ = ["described_bytes", "keep_memory", "step_cost_table"]
 
 HEADER = ("problem", "method", "time / SGD", "95 % interval", "floor", "counted", "time / floor", "time / Adam",
           "state / Adam", "as described")  # fmt: skip
@@ -28,8 +30,23 @@ def described_bytes(task: Task, name: str) -> int | None:
     return describe(task.problem.model(seed=0), **method.settings).state_bytes
 
 
+def keep_memory() -> None:
+    """Let this process keep the memory that it frees, where glibc would return it to the system.
+
+    Which it does with large tensors, by thresholds that adapt; their pages then come back empty, one interrupt each. Of
+    two runs of the same convolutional step one may have ten thousand of these and the other none.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+    libc = ctypes.CDLL(None)
+    libc.mallopt(trim_threshold, 2**31 - 1)
+    libc.mallopt(mmap_threshold, 2**25)  # the largest that glibc accepts
+
+
 def step_cost_table(arguments: argparse.Namespace) -> int:
     """Print the table. Nothing is stored: it is the state of the code, not a result."""
+    keep_memory()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread")
     _print(HEADER)
     for key in arguments.problems:

@@ -5,6 +5,7 @@ Counts are the same on every machine and at every load, and independent of `flop
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -46,9 +47,25 @@ def _vector_products(a_shape: Any, b_shape: Any, *args: Any, **kwargs: Any) -> i
     return 2 * a_shape[0] * a_shape[1]
 
 
+def _products_of_entries(shape: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * math.prod(shape)
+
+
+def _added_products(shape: Any, left: Any, right: Any, **kwargs: Any) -> int:
+    return 2 * math.prod(left) * right[-1]
+
+
+# Products that torch's counter leaves out: with a vector, in place, and of a column with a row.
+MORE = {
+    torch.ops.aten.mv: _vector_products,
+    torch.ops.aten.baddbmm_: _added_products,
+    torch.ops.aten.addcmul_: _products_of_entries,
+}
+
+
 def count(step: Callable[[], None], period: int = 1) -> Counts:
     """Averages over `period` calls of `step`, each one training step."""
-    flops = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mv: _vector_products})
+    flops = FlopCounterMode(display=False, custom_mapping=MORE)
     with flops:
         for _ in range(period):
             step()

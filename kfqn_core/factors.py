@@ -8,14 +8,14 @@ pair is good enough to be used is a tensor too: a refused pair writes the old va
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kfqn_core.capture import Record
 from kfqn_core.damping import double_damping, levenberg_marquardt, powell_on_inverse
-from kfqn_core.layers import LayerView
+from kfqn_core.layers import LARGE, LayerView
 from kfqn_core.secant import LimitedMemoryInverse, bfgs_inverse_update_, row_blocks
 
 CURVATURE_TEST = 1e-4
@@ -36,6 +36,20 @@ def acceptable(s: Tensor, y: Tensor, v: Tensor) -> Tensor:
     return (sy > CURVATURE_TEST * ss * torch.linalg.vector_norm(v, dim=-1)) & (sy < torch.inf)
 
 
+def aligned_bmm(X: Tensor, Y: Tensor) -> Tensor:
+    """`X Y` for `[b, m, k]` and `[b, k, n]`; memory rows of a large result begin at multiples of 64 bytes.
+
+    The bias makes the number of inputs odd more often than not. Written to rows of odd length, a large product of
+    matrices takes up to a third longer.
+    """
+    m, n = X.shape[1], Y.shape[2]
+    if n == 1 or m * n < LARGE:
+        return torch.bmm(X, Y)
+    row = 64 // Y.element_size()
+    out = Y.new_empty(X.shape[0], m, -(-n // row) * row)[..., :n]
+    return out.baddbmm_(X, Y, beta=0.0)  # with 0 what was there is ignored, NaN included
+
+
 class DenseInverse:
     """A dense inverse Hessian estimate: `H`, `[groups, size, size]`, the identity at first.
 
@@ -49,7 +63,7 @@ class DenseInverse:
 
     def apply(self, V: Tensor) -> Tensor:
         """`H V` for `V` `[groups, n, k]`."""
-        return torch.bmm(self.H, V)
+        return aligned_bmm(self.H, V)
 
     def dense(self) -> Tensor:
         """`H` itself, `[groups, n, n]`."""
@@ -68,24 +82,17 @@ class Pair(NamedTuple):
 def append_pairs(pairs: Sequence[Pair], finite: Tensor) -> None:
     """Update every inverse with its pair where that is `acceptable` and the boolean scalar `finite` holds.
 
-    The dense ones are updated together: their vectors are judged, and changed, as the rows of one tensor. Layers with
-    groups have many short rows, and share a tensor only with others of their length.
+    The dense ones are updated together: their vectors are judged, and changed, as the rows of one tensor.
     """
     together: dict[tuple[torch.dtype, int | None], list[Pair]] = {}
     for pair in pairs:
         if isinstance(pair.inverse, DenseInverse):
-            groups, n = pair.s.shape
-            together.setdefault((pair.s.dtype, n if groups > 1 else None), []).append(pair)
+            together.setdefault(_shared_rows(pair.s), []).append(pair)
         else:
             pair.inverse.append(pair.s, pair.y, acceptable(pair.s, pair.y, pair.v) & finite)
     for dense in together.values():
-        Hs = [pair.inverse.dense() for pair in dense]
-        rows, longest = sum(H.shape[0] for H in Hs), max(H.shape[-1] for H in Hs)
-        vectors = Hs[0].new_zeros(3, rows, longest)
-        for block, pair in zip(row_blocks(vectors.movedim(0, -1), Hs), dense, strict=True):
-            block.copy_(torch.stack(pair[1:], dim=-1))
-        s, y, v = vectors
-        bfgs_inverse_update_(Hs, s, y, acceptable(s, y, v) & finite)
+        s, y, v = _as_rows([pair[1:] for pair in dense])
+        bfgs_inverse_update_([pair.inverse.dense() for pair in dense], s, y, acceptable(s, y, v) & finite)
 
 
 class ActivationFactor:
@@ -141,7 +148,7 @@ class ActivationFactor:
 
     def precondition(self, M: Tensor) -> Tensor:
         """`M H_a` for `M` `[groups, d_out, d_in]`."""
-        return torch.bmm(M, self.inverse.H)
+        return aligned_bmm(M, self.inverse.H)
 
     def start_from(self, record: Record) -> None:
         """`start` from the first mini-batch."""
@@ -185,7 +192,8 @@ def _inverse(A: Tensor, damping: float) -> Tensor:
     """`(A + damping I)^-1`."""
     damped = A + damping * torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     # cholesky_ex does not check on the host; A + lambda I with lambda > 0 is positive definite.
-    return torch.cholesky_inverse(torch.linalg.cholesky_ex(damped).L)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(damped).L)
+    return (inverse + inverse.mT) / 2  # to the last bit, which not every device's inverse is
 
 
 class GradientFactor:
@@ -227,6 +235,11 @@ class GradientFactor:
         else:
             self.inverse = LimitedMemoryInverse(view.d_out, memory, batch=(view.groups,), dtype=dtype, device=device)
 
+    @property
+    def options(self) -> tuple[Any, ...]:
+        """What factors have in common whose pairs are damped together."""
+        return self.pair_damping, self.mu1, self.damping, self.pair_momentum, self.s_mean.dtype
+
     def tensors(self) -> dict[str, Tensor]:
         """Everything that lives from one step to the next, by name."""
         pairs = {"s_mean": self.s_mean, "y_mean": self.y_mean}
@@ -234,35 +247,85 @@ class GradientFactor:
             return {**pairs, "H_g": self.inverse.H}
         return {**pairs, "S": self.inverse.S, "Y": self.inverse.Y, "R_inv": self.inverse.R_inv}
 
-    def pair(self, s: Tensor, y: Tensor, g_mean: Tensor, finite: Tensor) -> Pair:
-        """Average the pair, and return a damped copy of the average: one that is refused if this pair is not finite.
-
-        Args:
-            s: `[groups, d_out]`, change of the mean pre-activation over the step.
-            y: `[groups, d_out]`, change of the mean per-sample gradient over the same step.
-            g_mean: `[groups, d_out]`, the mean per-sample gradient before the step.
-            finite: boolean scalar; where false nothing changes.
-        """
-        dtype = self.s_mean.dtype
-        s, y = s.to(dtype), y.to(dtype)
-        finite = finite & (torch.linalg.vector_norm(torch.stack([s, y])) < torch.inf)
-        self.s_mean.lerp_(torch.where(finite, s, self.s_mean), 1.0 - self.pair_momentum)
-        self.y_mean.lerp_(torch.where(finite, y, self.y_mean), 1.0 - self.pair_momentum)
-        # A curvature that the damping lambda_G would bury anyway is rounding error where batch norm makes all mean
-        # gradients zero. Powell's damping would turn s into the direction of that error: zero stands for it.
-        s, y = self.s_mean, self.y_mean
-        size_s, size_y = (torch.linalg.vector_norm(vector, dim=-1, keepdim=True) for vector in (s, y))
-        noise = torch.finfo(dtype).eps ** 0.5 * self.damping * size_s
-        s, y = self._damped(s, torch.where(size_y > noise, y, 0.0))
-        return Pair(self.inverse, s, y, torch.where(finite, g_mean.to(dtype), torch.nan))  # NaN is not acceptable
-
     def update(self, s: Tensor, y: Tensor, g_mean: Tensor, finite: Tensor) -> None:
-        """Update `H_g` alone with what `pair` makes of its arguments; `append_pairs` does many layers at once."""
-        append_pairs([self.pair(s, y, g_mean, finite)], finite)
+        """Update `H_g` alone with a `Change`; `damped_pairs` and `append_pairs` do many layers at once."""
+        append_pairs(damped_pairs([Change(self, s, y, g_mean)], finite), finite)
 
-    def _damped(self, s: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        H_y = self.inverse.apply(y.unsqueeze(-1)).squeeze(-1)
-        if self.pair_damping == "double":
-            return double_damping(H_y, s, y, self.mu1, self.damping)
-        s, y = powell_on_inverse(H_y, s, y, self.mu1)
-        return levenberg_marquardt(s, y, self.damping)
+
+class Change(NamedTuple):
+    """What a step, or the next mini-batch, tells an `H_g`: `[groups, d_out]` each, means over samples and locations.
+
+    `s` is the change of the mean pre-activation, `y` that of the mean per-sample gradient, `g_mean` the one before.
+    """
+
+    factor: GradientFactor
+    s: Tensor
+    y: Tensor
+    g_mean: Tensor
+
+
+def damped_pairs(changes: Sequence[Change], finite: Tensor) -> list[Pair]:
+    """Average every change into its factor, and return damped copies of the averages.
+
+    Layers with the same options share the tensor whose rows are their vectors. Of a row that is not finite, or where
+    the boolean scalar `finite` does not hold, nothing enters the averages, and its pair is one that is refused.
+    """
+    together: dict[tuple[Any, ...], list[Change]] = {}
+    for change in changes:
+        together.setdefault((*change.factor.options, *_shared_rows(change.s)), []).append(change)
+    return [pair for alike in together.values() for pair in _damped_together(alike, finite)]
+
+
+def _damped_together(changes: Sequence[Change], finite: Tensor) -> list[Pair]:
+    """`damped_pairs` of changes whose factors have the same options and may share rows."""
+    factors = [change.factor for change in changes]
+    first, shapes = factors[0], [factor.s_mean for factor in factors]
+    s, y, g_mean = _averaged(changes, finite)
+    # A curvature that the damping lambda_G would bury anyway is rounding error where batch norm makes all mean
+    # gradients zero. Powell's damping would turn s into the direction of that error: zero stands for it.
+    size_s, size_y = (torch.linalg.vector_norm(vector, dim=-1, keepdim=True) for vector in (s, y))
+    noise = torch.finfo(s.dtype).eps ** 0.5 * first.damping * size_s
+    y = torch.where(size_y > noise, y, 0.0)
+    H_y = torch.zeros_like(y)
+    for factor, out, column in zip(factors, row_blocks(H_y, shapes), row_blocks(y, shapes), strict=True):
+        out.copy_(factor.inverse.apply(column.unsqueeze(-1)).squeeze(-1))
+    if first.pair_damping == "double":
+        s, y = double_damping(H_y, s, y, first.mu1, first.damping)
+    else:
+        s, y = levenberg_marquardt(*powell_on_inverse(H_y, s, y, first.mu1), first.damping)
+    blocks = (row_blocks(rows, shapes) for rows in (s, y, g_mean))
+    return [Pair(factor.inverse, *vectors) for factor, *vectors in zip(factors, *blocks, strict=True)]
+
+
+def _averaged(changes: Sequence[Change], finite: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Average changes into their factors: `s_mean`, `y_mean` and `g_mean` as rows, the last NaN for a refused pair."""
+    factors = [change.factor for change in changes]
+    dtype, keep = factors[0].s_mean.dtype, factors[0].pair_momentum
+    s, y, g_mean = _as_rows([[vector.to(dtype) for vector in change[1:]] for change in changes])
+    new, means = torch.stack([s, y]), _as_rows([(factor.s_mean, factor.y_mean) for factor in factors])
+    known = (finite & (torch.linalg.vector_norm(new, dim=(0, -1)) < torch.inf)).unsqueeze(-1)
+    means.lerp_(torch.where(known, new, means), 1.0 - keep)
+    shapes = [factor.s_mean for factor in factors]
+    for factor, s_mean, y_mean in zip(factors, *(row_blocks(rows, shapes) for rows in means), strict=True):
+        factor.s_mean.copy_(s_mean)
+        factor.y_mean.copy_(y_mean)
+    return *means, torch.where(known, g_mean, torch.nan)
+
+
+def _shared_rows(vector: Tensor) -> tuple[torch.dtype, int | None]:
+    """Vectors `[groups, n]` with the same key may share a tensor as its rows, padded with zeros.
+
+    Layers with groups have many short rows, and share a tensor only with others of their length.
+    """
+    groups, n = vector.shape
+    return vector.dtype, n if groups > 1 else None
+
+
+def _as_rows(vectors: Sequence[Sequence[Tensor]]) -> Tensor:
+    """k vectors `[groups, n]` of each of several layers: `[k, total groups, largest n]`, padded with zeros."""
+    shapes = [several[0] for several in vectors]
+    rows, longest = sum(v.shape[0] for v in shapes), max(v.shape[-1] for v in shapes)
+    out = shapes[0].new_zeros(len(vectors[0]), rows, longest)
+    for block, several in zip(row_blocks(out.movedim(0, -1), shapes), vectors, strict=True):
+        block.copy_(torch.stack(list(several), dim=-1))
+    return out

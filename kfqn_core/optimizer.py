@@ -17,7 +17,7 @@ from torch.optim.adam import adam
 
 from kfqn_core.capture import Capture, Record
 from kfqn_core.distributed import refuse_shards
-from kfqn_core.factors import Pair, append_pairs
+from kfqn_core.factors import Change, Pair, append_pairs, damped_pairs
 from kfqn_core.layers import LinearView
 from kfqn_core.options import check_options, of_linear_layers, refreshes
 from kfqn_core.second_pass import SecondPass, cuda_devices, restored
@@ -262,20 +262,21 @@ class KFQN(torch.optim.Optimizer):
                     self._observe_inputs(layer, records[layer.name], finite)
             self._move(layers, finite)
             self._move_rest(finite)
-        secant_pairs: list[Pair] = []
+        changes: list[Change] = []
         if again is not None and closure is not None:
             with self._capture.frozen_parameters(), self._capture.ranks.apart():
                 again.evaluate(closure)
             after = self._records(layers)
             with self._no_autocast():
-                secant_pairs += [layer.pair_with(records[layer.name], after[layer.name], finite) for layer in layers]
+                changes += [layer.change(records[layer.name], after[layer.name]) for layer in layers]
         with self._no_autocast():
+            activation_pairs: list[Pair] = []
             for layer in layers:
                 if self._pairs == "next_batch":
-                    secant_pairs += layer.pair_with_last(records[layer.name], refresh, finite)
+                    changes += layer.change_since_last(records[layer.name], refresh, finite)
                 if refresh:
-                    secant_pairs += layer.activation_pairs(records[layer.name], finite)
-            append_pairs(secant_pairs, finite)
+                    activation_pairs += layer.activation_pairs(records[layer.name], finite)
+            append_pairs([*activation_pairs, *damped_pairs(changes, finite)], finite)
         self._steps += 1
         self._decide_watching()
         return loss

@@ -45,13 +45,15 @@ def bfgs_inverse_update_(Hs: Sequence[Tensor], S: Tensor, Y: Tensor, keep: Tenso
 
     A model has many small factors, and what is done to the vectors of one takes a dozen small kernels. So those of all
     are the rows of one tensor, padded with zeros, which changes no product. Only what reads a matrix is done one by
-    one: `H y`, `H^T y`, and the change of H, one product of two matrices of rank two. H is read three times and
-    written once, where the plain form passes ten times over it. Rounding leaves H a little unsymmetric, and
-    no more than that, because each update uses the symmetric part of H: with `H y` alone the error would grow.
+    one: `H y`, and the change of H as a difference of two squares, `p p^T - q q^T`. H is read three times and written
+    twice, where the plain form passes ten times over it.
+
+    A symmetric H stays symmetric **to the last bit**, since `p_i p_j` is `p_j p_i`. It has to: of an H that is not
+    symmetric `H y` is not the gradient of `y^T H y / 2`, and nothing would ever take the difference away.
 
     Parameters
     ----------
-    Hs : each `[g, n, n]`, with its own g and n.
+    Hs : each `[g, n, n]`, with its own g and n, symmetric.
     S, Y : `[total g, largest n]`, the pairs in the order of `Hs`, zero behind their own n entries.
     keep : bool, `[total g]`.
 
@@ -62,24 +64,27 @@ def bfgs_inverse_update_(Hs: Sequence[Tensor], S: Tensor, Y: Tensor, keep: Tenso
     _check_updates(Hs, S, Y)
     Hy = torch.zeros_like(Y)
     for H, y, out in zip(Hs, row_blocks(Y, Hs), row_blocks(Hy, Hs), strict=True):
-        column = y.unsqueeze(-1)
-        out.copy_(torch.baddbmm(torch.bmm(H, column), H.mT, column, beta=0.5, alpha=0.5).squeeze(-1))
-    left, right = _rank_two(Hy, S, Y)
-    # No entry of a positive definite matrix exceeds its trace, and none of the change the product of these norms:
+        out.copy_(torch.bmm(H, y.unsqueeze(-1)).squeeze(-1))
+    # l r^T + r l^T = p p^T - q q^T, with l and r brought to the same length, or the difference would lose digits.
+    pair = torch.stack(_rank_two(Hy, S, Y))
+    roots = torch.linalg.vector_norm(pair, dim=-1, keepdim=True).clamp_min_(torch.finfo(S.dtype).tiny).sqrt_()
+    left, right = pair * (roots.flip(0) / roots)
+    squared = torch.stack([left + right, left - right]) * math.sqrt(0.5)
+    # No entry of a positive definite matrix exceeds its trace, and none of a square that of its vector's largest:
     # whether H+ is finite is known without looking at it. (No comparison holds for NaN.)
-    largest = left.abs().amax(-1) * right.abs().amax(-1)
+    largest = squared.abs().amax((0, -1)).square()
     traces = torch.cat([H.diagonal(dim1=-2, dim2=-1).sum(-1) for H in Hs])
     keep = (keep & (2 * largest + traces < torch.inf)).unsqueeze(-1)
-    left, right = torch.where(keep, left, 0.0), torch.where(keep, right, 0.0)
-    columns, rows = torch.stack([left, right], dim=-1), torch.stack([right, left], dim=-1)
-    for H, l_r, r_l in zip(Hs, row_blocks(columns, Hs), row_blocks(rows, Hs), strict=True):
-        H.baddbmm_(l_r, r_l.mT)
+    squared = torch.where(keep, squared, 0.0)
+    for H, p, q in zip(Hs, *(row_blocks(rows, Hs) for rows in squared), strict=True):
+        H.addcmul_(p.unsqueeze(-1), p.unsqueeze(-2))
+        H.addcmul_(q.unsqueeze(-1), q.unsqueeze(-2), value=-1.0)
 
 
-def row_blocks(X: Tensor, Hs: Sequence[Tensor]) -> list[Tensor]:
-    """The rows of `X` `[total g, largest n, ...]` that belong to each H `[g, n, n]`, as views `[g, n, ...]`."""
-    blocks = X.split([H.shape[0] for H in Hs])
-    return [block.narrow(1, 0, H.shape[-1]) for block, H in zip(blocks, Hs, strict=True)]
+def row_blocks(X: Tensor, owners: Sequence[Tensor]) -> list[Tensor]:
+    """The rows of `X` `[total g, largest n, ...]` that belong to each owner `[g, ..., n]`, as views `[g, n, ...]`."""
+    blocks = X.split([owner.shape[0] for owner in owners])
+    return [block.narrow(1, 0, owner.shape[-1]) for block, owner in zip(blocks, owners, strict=True)]
 
 
 class LimitedMemoryInverse:

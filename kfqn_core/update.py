@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kfqn_core.capture import Record
-from kfqn_core.factors import ActivationFactor, ExactActivationFactor, GradientFactor, Pair
+from kfqn_core.factors import ActivationFactor, Change, ExactActivationFactor, GradientFactor, Pair
 from kfqn_core.layers import LayerView, UnsupportedLayer, view
 from kfqn_core.low_rank import LowRankActivationFactor
 
@@ -136,8 +136,8 @@ class Layer:
         self.activation.update(record, finite)
         return []
 
-    def pair_with(self, before: Record, after: Record, finite: Tensor) -> Pair:
-        """The pair of `H_g` from the same mini-batch before and after the step; it is averaged where `finite` holds.
+    def change(self, before: Record, after: Record) -> Change:
+        """What `H_g` learns from the same mini-batch before and after the step.
 
         Raises:
             ValueError: if `H_g` is the identity, or no gradient reached the layer's output in one of the passes.
@@ -145,13 +145,12 @@ class Layer:
         if self.gradient is None:
             raise ValueError(f"layer {self.name!r} keeps no H_g: KFQN was made with pairs=None")
         g_mean = before.mean_gradient()
-        s, y = after.mean_output() - before.mean_output(), after.mean_gradient() - g_mean
-        return self.gradient.pair(s, y, g_mean, finite)
+        return Change(self.gradient, after.mean_output() - before.mean_output(), after.mean_gradient() - g_mean, g_mean)
 
-    def pair_with_last(self, record: Record, refresh: bool, finite: Tensor) -> list[Pair]:
-        """The pair of `H_g` from this mini-batch and the one before, if `refresh`; then remember this one.
+    def change_since_last(self, record: Record, refresh: bool, finite: Tensor) -> list[Change]:
+        """What `H_g` learns from this mini-batch and the one before, if `refresh`; then remember this one.
 
-        All where `finite` holds.
+        It is remembered where `finite` holds.
 
         Raises:
             ValueError: if the layer was not built for `pairs="next_batch"`, or no gradient reached its output.
@@ -159,13 +158,13 @@ class Layer:
         if self.gradient is None or self.h_last is None or self.g_last is None:
             raise ValueError(f'layer {self.name!r} remembers no mini-batch: KFQN was not made with pairs="next_batch"')
         h_mean, g_mean = record.mean_output().to(self.h_last.dtype), record.mean_gradient().to(self.h_last.dtype)
-        pairs = []
+        changes = []
         if refresh:
             # A copy of the last gradient: it is looked at once more, when the pair is appended.
-            pairs = [self.gradient.pair(h_mean - self.h_last, g_mean - self.g_last, self.g_last.clone(), finite)]
+            changes = [Change(self.gradient, h_mean - self.h_last, g_mean - self.g_last, self.g_last.clone())]
         self.h_last.copy_(torch.where(finite, h_mean, self.h_last))
         self.g_last.copy_(torch.where(finite, g_mean, self.g_last))
-        return pairs
+        return changes
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that lives from one step to the next, by name."""

@@ -43,8 +43,8 @@ BREAKS = [
     Break(
         "the dense inverse update never lands",
         "kfqn_core/factors.py",
-        "bfgs_inverse_update_(Hs, s, y,",
-        "bfgs_inverse_update_([H.clone() for H in Hs], s, y,",
+        "bfgs_inverse_update_([pair.inverse.dense() for",
+        "bfgs_inverse_update_([pair.inverse.dense().clone() for",
         (f"{PARITY}[None-square_loss]",),
     ),
     Break(
@@ -71,8 +71,9 @@ BREAKS = [
     Break(
         "the averaged pair stored after damping",
         "kfqn_core/factors.py",
-        "> noise, y, 0.0))",
-        "> noise, y, 0.0)); self.s_mean.copy_(s); self.y_mean.copy_(y)",
+        "    blocks = (row_blocks",
+        "    for f, *b in zip(factors, row_blocks(s, shapes), row_blocks(y, shapes)): f.s_mean.copy_(b[0]), "
+        "f.y_mean.copy_(b[1])\n    blocks = (row_blocks",
         (f"{PARITY}[None-robust_loss]", f"{PARITY}[5-robust_loss]"),
     ),
     Break(

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from kfqn_core import KFQN, presets
 from kfqn_core.algebra import unvec, vec
+from kfqn_core.factors import damped_pairs
 from kfqn_core.lab.checks import relative_error
 from kfqn_core.options import refreshes
 from tests.reference_kbfgs import ReferenceKBFGS, bfgs_formula
@@ -530,7 +531,8 @@ def test_a_pair_of_consecutive_mini_batches_is_judged_by_the_gradient_before():
     layer = next(iter(optimizer.layers.values()))
     before = layer.g_last.clone()
     square_loss(model(x), y).backward()
-    (pair,) = layer.pair_with_last(optimizer._capture.take()[layer.name], True, torch.tensor(True))
+    (change,) = layer.change_since_last(optimizer._capture.take()[layer.name], True, torch.tensor(True))
+    (pair,) = damped_pairs([change], torch.tensor(True))
     assert torch.equal(pair.v, before)
     assert not torch.equal(layer.g_last, before)
 
