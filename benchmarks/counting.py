@@ -47,8 +47,8 @@ def _vector_products(a_shape: Any, b_shape: Any, *args: Any, **kwargs: Any) -> i
     return 2 * a_shape[0] * a_shape[1]
 
 
-def _products_of_entries(shape: Any, *args: Any, **kwargs: Any) -> int:
-    return 2 * math.prod(shape)
+def _outer_products(shape: Any, column: Any, row: Any, **kwargs: Any) -> int:
+    return 2 * math.prod(shape) if column != shape else 0  # entry by entry it is no product of matrices
 
 
 def _added_products(shape: Any, left: Any, right: Any, **kwargs: Any) -> int:
@@ -59,7 +59,7 @@ def _added_products(shape: Any, left: Any, right: Any, **kwargs: Any) -> int:
 MORE = {
     torch.ops.aten.mv: _vector_products,
     torch.ops.aten.baddbmm_: _added_products,
-    torch.ops.aten.addcmul_: _products_of_entries,
+    torch.ops.aten.addcmul_: _outer_products,
 }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kfqn_core.capture import Record
 from kfqn_core.damping import double_damping, levenberg_marquardt, powell_on_inverse
-from kfqn_core.layers import LARGE, LayerView
+from kfqn_core.layers import LayerView
 from kfqn_core.secant import LimitedMemoryInverse, bfgs_inverse_update_, row_blocks
 
 CURVATURE_TEST = 1e-4
@@ -34,6 +34,10 @@ def acceptable(s: Tensor, y: Tensor, v: Tensor) -> Tensor:
     """
     sy, ss = torch.linalg.vecdot(s, y), torch.linalg.vecdot(s, s)
     return (sy > CURVATURE_TEST * ss * torch.linalg.vector_norm(v, dim=-1)) & (sy < torch.inf)
+
+
+LARGE = 2**16  # entries of a product that a processor's nearest cache does not hold
+LONGEST = 1024  # a vector that shares a tensor with shorter ones
 
 
 def aligned_bmm(X: Tensor, Y: Tensor) -> Tensor:
@@ -273,14 +277,14 @@ def damped_pairs(changes: Sequence[Change], finite: Tensor) -> list[Pair]:
     together: dict[tuple[Any, ...], list[Change]] = {}
     for change in changes:
         together.setdefault((*change.factor.options, *_shared_rows(change.s)), []).append(change)
-    return [pair for alike in together.values() for pair in _damped_together(alike, finite)]
+    return [pair for alike in together.values() for pair in damp_together(alike, finite)]
 
 
-def _damped_together(changes: Sequence[Change], finite: Tensor) -> list[Pair]:
+def damp_together(changes: Sequence[Change], finite: Tensor) -> list[Pair]:
     """`damped_pairs` of changes whose factors have the same options and may share rows."""
     factors = [change.factor for change in changes]
     first, shapes = factors[0], [factor.s_mean for factor in factors]
-    s, y, g_mean = _averaged(changes, finite)
+    s, y, g_mean = average_together(changes, finite)
     # A curvature that the damping lambda_G would bury anyway is rounding error where batch norm makes all mean
     # gradients zero. Powell's damping would turn s into the direction of that error: zero stands for it.
     size_s, size_y = (torch.linalg.vector_norm(vector, dim=-1, keepdim=True) for vector in (s, y))
@@ -297,7 +301,7 @@ def _damped_together(changes: Sequence[Change], finite: Tensor) -> list[Pair]:
     return [Pair(factor.inverse, *vectors) for factor, *vectors in zip(factors, *blocks, strict=True)]
 
 
-def _averaged(changes: Sequence[Change], finite: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def average_together(changes: Sequence[Change], finite: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Average changes into their factors: `s_mean`, `y_mean` and `g_mean` as rows, the last NaN for a refused pair."""
     factors = [change.factor for change in changes]
     dtype, keep = factors[0].s_mean.dtype, factors[0].pair_momentum
@@ -315,10 +319,10 @@ def _averaged(changes: Sequence[Change], finite: Tensor) -> tuple[Tensor, Tensor
 def _shared_rows(vector: Tensor) -> tuple[torch.dtype, int | None]:
     """Vectors `[groups, n]` with the same key may share a tensor as its rows, padded with zeros.
 
-    Layers with groups have many short rows, and share a tensor only with others of their length.
+    Layers with groups have many rows, and very long rows are few: padding would cost more than it saves.
     """
     groups, n = vector.shape
-    return vector.dtype, n if groups > 1 else None
+    return vector.dtype, None if groups == 1 and n <= LONGEST else n
 
 
 def _as_rows(vectors: Sequence[Sequence[Tensor]]) -> Tensor:

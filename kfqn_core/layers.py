@@ -24,9 +24,6 @@ __all__ = ["ConvView", "LayerView", "LinearView", "UnsupportedLayer", "view"]
 PATCH_ENTRIES = 2**24  # patches that `second_moment` holds at once: 64 MiB in float32
 
 
-LARGE = 2**16  # entries that a processor's nearest cache does not hold
-
-
 class UnsupportedLayer(TypeError):  # noqa: N818 - named for what it says, not for its kind
     """The layer cannot be written as `h = W a` by this package."""
 
@@ -162,11 +159,11 @@ class LinearView(LayerView):
 
     def mean_output(self, h: Tensor) -> Tensor:
         _check_rows(h, self.d_out, "output")
-        return _mean_row(h.reshape(-1, self.d_out))
+        return _at_least_float32(h).reshape(-1, self.d_out).mean(dim=0, keepdim=True)
 
     def mean_input(self, x: Tensor) -> Tensor:
         _check_rows(x, self.weight_shape[1], "input")
-        mean = _mean_row(x.reshape(-1, x.shape[-1]))
+        mean = _at_least_float32(x).reshape(-1, x.shape[-1]).mean(dim=0, keepdim=True)
         return pad(mean, (0, 1), value=1.0) if self.has_bias else mean
 
     def activation_action(self, x: Tensor, v: Tensor) -> Tensor:
@@ -233,13 +230,13 @@ class ConvView(LayerView):
 
     def mean_output(self, h: Tensor) -> Tensor:
         self._check_images(h, self.groups * self.d_out, [1] * len(self.kernel), "output")
-        # Locations first: they lie side by side in memory, and one sum over both reads it at half the speed.
-        return _mean_row(_at_least_float32(h).flatten(2).mean(-1)).reshape(self.groups, self.d_out)
+        # Locations first: they usually lie side by side, and one sum over both axes reads memory at half the speed.
+        return _at_least_float32(h).flatten(2).mean(-1).mean(0).reshape(self.groups, self.d_out)
 
     def mean_input(self, x: Tensor) -> Tensor:
         T = self.locations(x)
         # Padding and patches are linear in x: the mean over samples comes first, and one sample is convolved.
-        mean = _mean_row(x.flatten(1)).reshape(1, *x.shape[1:])
+        mean = _at_least_float32(x).mean(dim=0, keepdim=True)
         ones = mean.new_ones(1, self.groups, *self._grid(x))
         total = self._weight_gradient(self._padded(mean), ones)[..., 0] / T
         return pad(total, (0, 1), value=1.0) if self.has_bias else total
@@ -270,7 +267,7 @@ class ConvView(LayerView):
         """`a . v` at all locations `[N, groups, *T]`, and the sum over them of patch times score, `[groups, d, 1]`.
 
         For one vector per group and stride 1. Channels are summed first, in matrix products with x that have one row
-        for each kernel position; the sum over positions then is one of shifted maps, views of the same memory. A
+        for each kernel position; the sum over positions then is one of shifted maps. A
         convolution with a single filter does the same at a lower rate (an exercise of chapter 4).
         """
         zeros = self._padding_mode == "constant"  # the maps of zeros are zeros, and fewer than channels
@@ -402,18 +399,6 @@ def _check_floating(x: Tensor, what: str) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         found = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"the layer's {what} must be a real floating-point tensor, not {found}")
-
-
-def _mean_row(rows: Tensor) -> Tensor:
-    """The mean of `[n, d]` over its rows, `[1, d]`.
-
-    Of many it is taken as a product, which reads memory faster than a sum over axis 0; but not in a forward pass under
-    autocast, where products are rounded.
-    """
-    rows = _at_least_float32(rows)
-    if rows.numel() < LARGE or torch.is_autocast_enabled(rows.device.type):
-        return rows.mean(0, keepdim=True)
-    return rows.new_full((1, len(rows)), 1.0 / len(rows)) @ rows
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -320,7 +320,8 @@ class KFQN(torch.optim.Optimizer):
         # Copied in place: torch's own loading would cast factors to the dtype of the parameters.
         for i, tensors in state_dict["state"].items():
             for key, value in tensors.items():
-                current[i][key].copy_(value)
+                # H y is all that an update reads of H, which therefore has to be symmetric to the last bit.
+                current[i][key].copy_((value + value.mT) / 2 if key in ("H_a", "H_g") else value)
         counters = state_dict["kfqn"]
         self._steps, self._warm_started = counters["steps"], counters["warm_started"]
         self._skipped.fill_(counters["skipped_steps"])

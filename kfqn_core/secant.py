@@ -67,10 +67,12 @@ def bfgs_inverse_update_(Hs: Sequence[Tensor], S: Tensor, Y: Tensor, keep: Tenso
         out.copy_(torch.bmm(H, y.unsqueeze(-1)).squeeze(-1))
     # l r^T + r l^T = p p^T - q q^T, with l and r brought to the same length, or the difference would lose digits.
     pair = torch.stack(_rank_two(Hy, S, Y))
-    roots = torch.linalg.vector_norm(pair, dim=-1, keepdim=True).clamp_min_(torch.finfo(S.dtype).tiny).sqrt_()
+    # Lengths by the largest entry, as squares may overflow where H+ does not. With l = 0 there is nothing to add: it
+    # gives NaN, and nothing is added.
+    roots = pair.abs().amax(-1, keepdim=True).sqrt_()
     left, right = pair * (roots.flip(0) / roots)
     squared = torch.stack([left + right, left - right]) * math.sqrt(0.5)
-    # No entry of a positive definite matrix exceeds its trace, and none of a square that of its vector's largest:
+    # No entry of a positive definite matrix exceeds its trace, and none of p p^T the square of p's largest entry:
     # whether H+ is finite is known without looking at it. (No comparison holds for NaN.)
     largest = squared.abs().amax((0, -1)).square()
     traces = torch.cat([H.diagonal(dim1=-2, dim2=-1).sum(-1) for H in Hs])

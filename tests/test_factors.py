@@ -19,7 +19,9 @@ from kfqn_core.factors import (
     ExactActivationFactor,
     GradientFactor,
     Pair,
+    _shared_rows,
     acceptable,
+    aligned_bmm,
     append_pairs,
 )
 from kfqn_core.lab.checks import relative_error
@@ -399,7 +401,7 @@ def test_pairs_of_many_layers_enter_as_each_would_alone():
 
 
 def test_float32_factor_stays_symmetric_and_close_to_float64():
-    """Two thousand updates: the symmetric part is used, so rounding does not accumulate in the skew part."""
+    """Two thousand updates: a symmetric H stays so, and rounding has no skew part in which to accumulate."""
     _, record = linear_case(12, 40, 8)
     A = second_moment(record)
     factor = ActivationFactor(record.view, 0.01, 0.0, dtype=torch.float32, device=torch.device("cpu"))
@@ -482,3 +484,28 @@ def test_no_tensor_is_read_on_the_host():
                 factor.average(record.second_moment(), torch.ones((), dtype=torch.bool))
             factor.update(record, torch.ones((), dtype=torch.bool))
             assert factor.H.shape == (2, 19, 19)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_a_large_product_with_rows_of_odd_length_is_the_product(groups, dtype):
+    X, Y = (torch.randn(groups, *shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
+            for shape in ((300, 40), (40, 301)))  # fmt: skip
+    torch.utils.deterministic.fill_uninitialized_memory = True  # with NaN, in deterministic mode
+    torch.use_deterministic_algorithms(True)
+    try:
+        Z = aligned_bmm(X, Y)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert Z.stride(1) % (64 // X.element_size()) == 0
+    assert Z.stride(1) > 301
+    assert relative_error(Z, torch.bmm(X.double(), Y.double())) < 100 * torch.finfo(dtype).eps
+
+
+def test_a_very_long_vector_does_not_stretch_the_others():
+    """A vocabulary has a hundred thousand outputs: every layer's vectors would be padded to that."""
+    short, long = torch.zeros(1, 1024), torch.zeros(1, 1025)
+    assert _shared_rows(short) == _shared_rows(torch.zeros(1, 3))
+    assert (
+        len({_shared_rows(v) for v in (short, long, torch.zeros(1, 2000), torch.zeros(2, 8), torch.zeros(2, 9))}) == 5
+    )

@@ -537,6 +537,26 @@ def test_a_pair_of_consecutive_mini_batches_is_judged_by_the_gradient_before():
     assert not torch.equal(layer.g_last, before)
 
 
+@pytest.mark.parametrize(
+    "options", [{"activation_factor": "action"}, presets.KBFGS_2020], ids=["default", "KBFGS_2020"]
+)
+def test_a_state_whose_matrices_are_not_quite_symmetric_is_loaded_as_if_they_were(options):
+    """A rounding error off the diagonal would enter every H y and never leave."""
+    model = tanh_network()
+    optimizer = KFQN(model, lr=0.1, **options)
+    state = copy.deepcopy(optimizer.state_dict())
+    matrices = [v for tensors in state["state"].values() for k, v in tensors.items() if k in ("H_a", "H_g")]
+    assert matrices
+    for H in matrices:
+        H[..., 0, 1] += 1e-6
+    optimizer.load_state_dict(state)
+    for layer in optimizer.layers.values():
+        for factor in (layer.activation, *([] if layer.gradient is None else [layer.gradient])):
+            H = factor.inverse.dense()
+            assert torch.equal(H, H.mT)
+            assert abs(H[0, 0, 1] - 5e-7) < 1e-12
+
+
 def test_a_layer_that_is_first_used_between_updates_starts_there():
     model = nn.ModuleDict({"a": nn.Linear(6, 5), "b": nn.Linear(6, 5)}).double()
     optimizer = KFQN(model, lr=0.1, refresh=10)

@@ -208,6 +208,28 @@ def test_update_in_place_of_an_estimate_that_knows_the_pair_changes_nothing():
     assert torch.equal(actual[0], H)
 
 
+@pytest.mark.parametrize(("size_H", "size_y"), [(1e8, 1e13), (1e6, 1e-21), (10**-8.6, 10**21.9), (1e-15, 1e3)])
+def test_update_in_place_where_squares_leave_the_range_of_float32(size_H, size_y):
+    """H y beyond 1.8e19, a y below 1e-20: H+ is an ordinary matrix and has to be found."""
+    generator = torch.Generator().manual_seed(5)
+    H, (s, y) = size_H * spd(10, 1, generator), pair(10, 0.5, generator)
+    y, s = y * size_y / y.norm(), s * size_H * size_y / s.norm()
+    actual = H[None].float().clone()
+    bfgs_inverse_update_([actual], s[None].float(), y[None].float(), torch.tensor([True]))
+    assert relative_error(actual[0].double() / size_H, bfgs_inverse_update(H, s, y) / size_H) < 1e-5
+
+
+def test_update_in_place_refuses_what_would_overflow():
+    """Both halves of the guard: a change that is too large, and an H so large that any change may be."""
+    generator = torch.Generator().manual_seed(6)
+    H, (s, y) = spd(4, 0, generator).float(), [v.float() for v in pair(4, 1.0, generator)]
+    for scale_H, scale_s in ((1.0, 1e38), (1e38, 1.0)):
+        actual = (scale_H * H)[None].clone()
+        before = actual.clone()
+        bfgs_inverse_update_([actual], scale_s * s[None], y[None] / 10, torch.tensor([True]))
+        assert torch.equal(actual, before)
+
+
 def test_update_in_place_follows_the_inverse_in_float32():
     """Over a thousand updates."""
     generator = torch.Generator().manual_seed(0)
