@@ -55,8 +55,8 @@ RUN := $(BIN)/python -m benchmarks run
 LONG := --horizon 10 --seeds 3 --budgets wall --methods kfqn kfqn-second-pass kbfgs-5 sgd adam muon soap
 bench-full: setup ## run what is missing from benchmarks/results (hours), then write tables and figures
 	$(RUN) --costs-only
-	$(RUN) --problems P1 P2 P7 & first=$$!; $(RUN) --problems P3 P5 P6 && wait $$first
-	$(RUN) $(LONG) --problems P1 P2 P7 & first=$$!; $(RUN) $(LONG) --problems P3 P5 P6 && wait $$first
+	$(RUN) --problems P1 P2 P3 P7 & first=$$!; $(RUN) --problems P5 P6 && wait $$first
+	$(RUN) $(LONG) --problems P1 P2 P3 P7 & first=$$!; $(RUN) $(LONG) --problems P5 P6 && wait $$first
 	$(BIN)/python -m benchmarks report
 
 bench-gpu: setup ## step costs at larger sizes on a GPU; without one, say what would run
