@@ -24,13 +24,13 @@ from kfqn_core.layers import LayerView
 class Use:
     """One call of a layer: its input, and what is known of its output.
 
-    `h_mean` and `g_sum` are `[groups, d_out]`: the mean pre-activation over samples and locations, and the sum over
-    both of the gradient of the loss, which is the sum over locations of the mean per-sample gradient.
+    `h_sum` and `g_sum` are `[groups, d_out]`, sums over samples and locations: of the pre-activation, and of the
+    gradient of the loss.
     """
 
     x: Tensor
     T: int
-    h_mean: Tensor | None = None
+    h_sum: Tensor | None = None
     g_sum: Tensor | None = None
 
     @property
@@ -69,11 +69,15 @@ class Record:
 
     def mean_input(self) -> Tensor:
         """abar: mean of `a` over samples and locations, `[groups, d_in]`."""
-        return self._mean([self.view.mean_input(use.x) for use in self._uses()])
+        uses = self._uses()
+        if len(uses) == 1:
+            return self.ranks.mean(self.view.mean_input(uses[0].x))
+        weights = [use.samples * use.T / (self.samples * self.T) for use in uses]
+        return self.ranks.mean(_total([w * self.view.mean_input(use.x) for w, use in zip(weights, uses, strict=True)]))
 
     def mean_output(self) -> Tensor:
         """hbar: mean of `h` over samples and locations, `[groups, d_out]`. ValueError if outputs were not captured."""
-        return self._mean([_known(use.h_mean) for use in self._uses()])
+        return self.ranks.mean(_total([_known(use.h_sum) for use in self._uses()]) / (self.samples * self.T))
 
     def mean_gradient(self) -> Tensor:
         """gbar: mean over samples and locations of the per-sample gradients `dl_i/dh`, `[groups, d_out]`.
@@ -103,12 +107,6 @@ class Record:
         if len(uses) == 1:
             return self.ranks.mean(statistic(uses[0].x))
         return self.ranks.mean(_total([use.samples / self.samples * statistic(use.x) for use in uses]))
-
-    def _mean(self, values: list[Tensor]) -> Tensor:
-        if len(values) == 1:
-            return self.ranks.mean(values[0])
-        weights = [use.samples * use.T / (self.samples * self.T) for use in self._uses()]
-        return self.ranks.mean(_total([weight * value for weight, value in zip(weights, values, strict=True)]))
 
 
 class Capture:
@@ -225,14 +223,14 @@ class Capture:
             h = h.requires_grad_().clone()  # a clone, because an in-place activation may not overwrite a leaf
         view, current = self._views[name], self._pass
         if self._outputs:
-            use.h_mean = view.mean_output(h.detach())
+            use.h_sum = view.sum_output(h.detach())
 
         def on_gradient(grad: Tensor) -> None:
             if not current.reached:
                 current.reached = True
                 self._finished.append(current)
             if self._outputs:
-                g_sum = use.samples * use.T * view.mean_output(grad)
+                g_sum = view.sum_output(grad)
                 use.g_sum = g_sum if use.g_sum is None else use.g_sum + g_sum  # several losses, several backwards
 
         if h.requires_grad:

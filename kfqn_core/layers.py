@@ -57,8 +57,8 @@ class LayerView(ABC):
         """The layer's output, or its gradient, as `[N, groups, T, d_out]`; `outputs(layer(x)) = patches(x) W^T`."""
 
     @abstractmethod
-    def mean_output(self, h: Tensor) -> Tensor:
-        """hbar: mean of the layer's output (or of its gradient) over samples and locations, `[groups, d_out]`."""
+    def sum_output(self, h: Tensor) -> Tensor:
+        """The layer's output (or its gradient) summed over samples and locations, `[groups, d_out]`."""
 
     @abstractmethod
     def mean_input(self, x: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class LayerView(ABC):
 
         Patches only copy entries of x (and zeros, and the 1 of the bias), so that squares may be taken first.
         """
-        return self.locations(x) * self.mean_input(_at_least_float32(x).square())
+        return self.locations(x) * self.mean_input(x.to(_dtype_of_sums(x)).square())
 
     def second_moment(self, x: Tensor) -> Tensor:
         """A: mean over samples of the sum over locations of `a a^T`, `[groups, d_in, d_in]`.
@@ -85,9 +85,9 @@ class LayerView(ABC):
         Forms patches, but only of as many samples at a time as fit into a fixed amount of memory.
         """
         at_once = max(1, PATCH_ENTRIES // (self.locations(x) * self.groups * self.d_in))
-        total = torch.zeros(self.groups, self.d_in, self.d_in, dtype=_at_least_float32(x[:0]).dtype, device=x.device)
+        total = torch.zeros(self.groups, self.d_in, self.d_in, dtype=_dtype_of_sums(x), device=x.device)
         for part in x.split(at_once):
-            a = _at_least_float32(self.patches(part))
+            a = self.patches(part).to(total.dtype)
             rows = a.transpose(0, 1).reshape(self.groups, -1, self.d_in)
             total += rows.mT @ rows
         return total / x.shape[0]
@@ -157,21 +157,21 @@ class LinearView(LayerView):
     def outputs(self, h: Tensor) -> Tensor:
         return _rows(h, self.d_out, "output")
 
-    def mean_output(self, h: Tensor) -> Tensor:
+    def sum_output(self, h: Tensor) -> Tensor:
         _check_rows(h, self.d_out, "output")
-        return _at_least_float32(h).reshape(-1, self.d_out).mean(dim=0, keepdim=True)
+        return h.reshape(-1, self.d_out).sum(0, keepdim=True, dtype=_dtype_of_sums(h))
 
     def mean_input(self, x: Tensor) -> Tensor:
         _check_rows(x, self.weight_shape[1], "input")
-        mean = _at_least_float32(x).reshape(-1, x.shape[-1]).mean(dim=0, keepdim=True)
+        mean = x.reshape(-1, x.shape[-1]).mean(0, keepdim=True, dtype=_dtype_of_sums(x))
         return pad(mean, (0, 1), value=1.0) if self.has_bias else mean
 
     def activation_action(self, x: Tensor, v: Tensor) -> Tensor:
         self._check_vectors(v)
-        a = _rows(x, self.weight_shape[1], "input")
-        samples = a.shape[0]
-        dtype = torch.promote_types(_at_least_float32(a).dtype, v.dtype)
-        rows, V = a.reshape(-1, a.shape[-1]).to(dtype), v.reshape(self.d_in, -1).to(dtype)
+        _check_rows(x, self.weight_shape[1], "input")
+        samples = x.shape[0]
+        dtype = torch.promote_types(_dtype_of_sums(x), v.dtype)
+        rows, V = x.reshape(-1, x.shape[-1]).to(dtype), v.reshape(self.d_in, -1).to(dtype)
         # The trailing 1 of every a, without a copy of the batch that carries it: it adds V's last row to each a . v and
         # collects their sum.
         if self.has_bias:
@@ -228,15 +228,15 @@ class ConvView(LayerView):
         self._check_images(h, self.groups * self.d_out, [1] * len(self.kernel), "output")
         return h.flatten(2).unflatten(1, (self.groups, self.d_out)).transpose(2, 3)
 
-    def mean_output(self, h: Tensor) -> Tensor:
+    def sum_output(self, h: Tensor) -> Tensor:
         self._check_images(h, self.groups * self.d_out, [1] * len(self.kernel), "output")
         # Locations first: they usually lie side by side, and one sum over both axes reads memory at half the speed.
-        return _at_least_float32(h).flatten(2).mean(-1).mean(0).reshape(self.groups, self.d_out)
+        return h.flatten(2).sum(-1, dtype=_dtype_of_sums(h)).sum(0).reshape(self.groups, self.d_out)
 
     def mean_input(self, x: Tensor) -> Tensor:
         T = self.locations(x)
         # Padding and patches are linear in x: the mean over samples comes first, and one sample is convolved.
-        mean = _at_least_float32(x).mean(dim=0, keepdim=True)
+        mean = x.mean(0, keepdim=True, dtype=_dtype_of_sums(x))
         ones = mean.new_ones(1, self.groups, *self._grid(x))
         total = self._weight_gradient(self._padded(mean), ones)[..., 0] / T
         return pad(total, (0, 1), value=1.0) if self.has_bias else total
@@ -244,7 +244,7 @@ class ConvView(LayerView):
     def activation_action(self, x: Tensor, v: Tensor) -> Tensor:
         self._check_vectors(v)
         self._check_images(x, self._channels, self._smallest, "input")
-        dtype = torch.promote_types(_at_least_float32(x).dtype, v.dtype)
+        dtype = torch.promote_types(_dtype_of_sums(x), v.dtype)
         V = v.reshape(self.groups, self.d_in, -1).to(dtype)
         filters, bias = (V[:, :-1], V[:, -1].flatten()) if self.has_bias else (V, None)
         few_positions = math.prod(self.kernel) <= self._channels // self.groups
@@ -401,5 +401,5 @@ def _check_floating(x: Tensor, what: str) -> None:
         raise TypeError(f"the layer's {what} must be a real floating-point tensor, not {found}")
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype.itemsize < 4 else x
+def _dtype_of_sums(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

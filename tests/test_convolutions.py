@@ -169,7 +169,7 @@ def test_patches_and_statistics_of_random_layers():
         assert relative(v.second_moment(x), A) < 1e-12
         assert relative(v.activation_action(x, probe), torch.einsum("gij,gj->gi", A, probe)) < 1e-12
         assert relative(v.mean_input(x), a.mean(dim=(0, 2))) < 1e-12
-        assert relative(v.mean_output(h), (a @ W.mT).mean(dim=(0, 2))) < 1e-12
+        assert relative(v.sum_output(h), (a @ W.mT).sum(dim=(0, 2))) < 1e-12
 
         weight, bias = v.from_matrix(W)
         assert torch.equal(weight, layer.weight)
@@ -340,7 +340,7 @@ def test_nothing_is_read_on_the_host():
         layer, v, x = example()
         for name, value in statistics(v, x, v.mean_input(x)).items():
             assert value.shape == {"A": (2, 13, 13), "patches": (5, 2, 45, 13)}.get(name, (2, 13))
-        assert v.mean_output(layer(x)).shape == (2, 3)
+        assert v.sum_output(layer(x)).shape == (2, 3)
         v.from_matrix(v.to_matrix(layer.weight, layer.bias))
 
 

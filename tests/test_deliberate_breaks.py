@@ -57,8 +57,8 @@ BREAKS = [
     Break(
         "the factor m dropped: gradients of the mean loss taken for per-sample gradients",
         "kfqn_core/capture.py",
-        "g_sum = use.samples * use.T * view.mean_output(grad)",
-        "g_sum = use.T * view.mean_output(grad)",
+        "g_sum = view.sum_output(grad)",
+        "g_sum = view.sum_output(grad) / use.samples",
         (f"{PARITY}[None-square_loss]", f"{PARITY}[5-square_loss]"),
     ),
     Break(

@@ -40,7 +40,7 @@ def test_statistics_are_those_of_the_patches(shape, bias):
     assert close(v.second_moment(x), A)
     assert close(v.activation_action(x, probe), (A @ probe[..., None])[..., 0])
     assert close(v.mean_input(x), a.mean(dim=(0, 2)))
-    assert close(v.mean_output(layer(x)), v.outputs(layer(x)).mean(dim=(0, 2)))
+    assert close(v.sum_output(layer(x)), v.outputs(layer(x)).sum(dim=(0, 2)))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -77,7 +77,7 @@ def test_half_precision_is_raised_before_it_is_summed():
         (v.mean_input(x), exact.mean_input(x.double())),
         (v.second_moment(x), exact.second_moment(x.double())),
         (v.activation_action(x, probe), exact.activation_action(x.double(), probe.double())),
-        (v.mean_output(layer(x)), exact.mean_output(layer(x).double())),
+        (v.sum_output(layer(x)), exact.sum_output(layer(x).double())),
     ]:
         assert actual.dtype == torch.float32
         assert close(actual.double(), expected, 1e-5)  # float32 sums of 4096 terms; bfloat16 sums would miss by 1e-2
@@ -100,7 +100,7 @@ def test_nothing_is_read_on_the_host():
         v, x = view(layer), torch.randn(6, 3, 5)
         assert v.activation_action(x, v.mean_input(x)).shape == (1, 6)
         assert v.second_moment(x).shape == (1, 6, 6)
-        assert v.mean_output(layer(x)).shape == (1, 4)
+        assert v.sum_output(layer(x)).shape == (1, 4)
         v.from_matrix(v.to_matrix(layer.weight, layer.bias))
 
 
