@@ -16,7 +16,7 @@ from torch import Tensor
 from kfqn_core.capture import Record
 from kfqn_core.damping import double_damping, levenberg_marquardt, powell_on_inverse
 from kfqn_core.layers import LayerView
-from kfqn_core.secant import LimitedMemoryInverse, bfgs_inverse_update_, row_blocks
+from kfqn_core.secant import LimitedMemoryInverse, bfgs_inverse_update_, row_blocks, stacked_rows
 
 CURVATURE_TEST = 1e-4
 """A pair is used only if `s'y > 1e-4 ||s||^2 ||v||` (the authors' public code of 2020)."""
@@ -290,9 +290,9 @@ def damp_together(changes: Sequence[Change], finite: Tensor) -> list[Pair]:
     size_s, size_y = (torch.linalg.vector_norm(vector, dim=-1, keepdim=True) for vector in (s, y))
     noise = torch.finfo(s.dtype).eps ** 0.5 * first.damping * size_s
     y = torch.where(size_y > noise, y, 0.0)
-    H_y = torch.zeros_like(y)
-    for factor, out, column in zip(factors, row_blocks(H_y, shapes), row_blocks(y, shapes), strict=True):
-        out.copy_(factor.inverse.apply(column.unsqueeze(-1)).squeeze(-1))
+    columns = row_blocks(y.unsqueeze(-1), shapes)
+    products = [factor.inverse.apply(column) for factor, column in zip(factors, columns, strict=True)]
+    H_y = stacked_rows(products).squeeze(-1)
     if first.pair_damping == "double":
         s, y = double_damping(H_y, s, y, first.mu1, first.damping)
     else:
@@ -305,14 +305,13 @@ def average_together(changes: Sequence[Change], finite: Tensor) -> tuple[Tensor,
     """Average changes into their factors: `s_mean`, `y_mean` and `g_mean` as rows, the last NaN for a refused pair."""
     factors = [change.factor for change in changes]
     dtype, keep = factors[0].s_mean.dtype, factors[0].pair_momentum
-    s, y, g_mean = _as_rows([[vector.to(dtype) for vector in change[1:]] for change in changes])
-    new, means = torch.stack([s, y]), _as_rows([(factor.s_mean, factor.y_mean) for factor in factors])
+    rows = _as_rows([[vector.to(dtype) for vector in change[1:]] for change in changes])
+    new, g_mean = rows[:2], rows[2]
+    held = [factor.s_mean for factor in factors] + [factor.y_mean for factor in factors]
+    means = stacked_rows(held).view_as(new)
     known = (finite & (torch.linalg.vector_norm(new, dim=(0, -1)) < torch.inf)).unsqueeze(-1)
     means.lerp_(torch.where(known, new, means), 1.0 - keep)
-    shapes = [factor.s_mean for factor in factors]
-    for factor, s_mean, y_mean in zip(factors, *(row_blocks(rows, shapes) for rows in means), strict=True):
-        factor.s_mean.copy_(s_mean)
-        factor.y_mean.copy_(y_mean)
+    torch._foreach_copy_(held, row_blocks(means.flatten(0, 1), held))
     return *means, torch.where(known, g_mean, torch.nan)
 
 
@@ -327,9 +326,5 @@ def _shared_rows(vector: Tensor) -> tuple[torch.dtype, int | None]:
 
 def _as_rows(vectors: Sequence[Sequence[Tensor]]) -> Tensor:
     """k vectors `[groups, n]` of each of several layers: `[k, total groups, largest n]`, padded with zeros."""
-    shapes = [several[0] for several in vectors]
-    rows, longest = sum(v.shape[0] for v in shapes), max(v.shape[-1] for v in shapes)
-    out = shapes[0].new_zeros(len(vectors[0]), rows, longest)
-    for block, several in zip(row_blocks(out.movedim(0, -1), shapes), vectors, strict=True):
-        block.copy_(torch.stack(list(several), dim=-1))
-    return out
+    kinds = list(zip(*vectors, strict=True))
+    return stacked_rows([vector for kind in kinds for vector in kind]).unflatten(0, (len(kinds), -1))

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def bfgs_inverse_update(H: Tensor, s: Tensor, y: Tensor) -> Tensor:
@@ -62,9 +63,11 @@ def bfgs_inverse_update_(Hs: Sequence[Tensor], S: Tensor, Y: Tensor, keep: Tenso
     TypeError, ValueError : for tensors whose dtypes or shapes do not fit together.
     """
     _check_updates(Hs, S, Y)
-    Hy = torch.zeros_like(Y)
-    for H, y, out in zip(Hs, row_blocks(Y, Hs), row_blocks(Hy, Hs), strict=True):
-        out.copy_(torch.bmm(H, y.unsqueeze(-1)).squeeze(-1))
+    products, traces = [], []
+    for H, y in zip(Hs, row_blocks(Y.unsqueeze(-1), Hs), strict=True):
+        products.append(torch.bmm(H, y))
+        traces.append(H.diagonal(dim1=-2, dim2=-1).sum(-1))  # while the product has H at hand
+    Hy = stacked_rows(products).squeeze(-1)
     # l r^T + r l^T = p p^T - q q^T, with l and r brought to the same length, or the difference would lose digits.
     pair = torch.stack(_rank_two(Hy, S, Y))
     # Lengths by the largest entry, as squares may overflow where H+ does not. With l = 0 there is nothing to add: it
@@ -75,18 +78,37 @@ def bfgs_inverse_update_(Hs: Sequence[Tensor], S: Tensor, Y: Tensor, keep: Tenso
     # No entry of a positive definite matrix exceeds its trace, and none of p p^T the square of p's largest entry:
     # whether H+ is finite is known without looking at it. (No comparison holds for NaN.)
     largest = squared.abs().amax((0, -1)).square()
-    traces = torch.cat([H.diagonal(dim1=-2, dim2=-1).sum(-1) for H in Hs])
-    keep = (keep & (2 * largest + traces < torch.inf)).unsqueeze(-1)
-    squared = torch.where(keep, squared, 0.0)
+    keep = (keep & (2 * largest + torch.cat(traces) < torch.inf)).unsqueeze(-1)
+    squared = torch.where(keep, squared, 0.0).unsqueeze(-1)
     for H, p, q in zip(Hs, *(row_blocks(rows, Hs) for rows in squared), strict=True):
-        H.addcmul_(p.unsqueeze(-1), p.unsqueeze(-2))
-        H.addcmul_(q.unsqueeze(-1), q.unsqueeze(-2), value=-1.0)
+        H.addcmul_(p, p.mT)
+        H.addcmul_(q, q.mT, value=-1.0)
+
+
+# Vectors of several layers share a tensor as its rows. Where every layer has one row, as most have, cutting it up and
+# putting it together are one call each: a call for every layer took longer than the arithmetic in between.
 
 
 def row_blocks(X: Tensor, owners: Sequence[Tensor]) -> list[Tensor]:
     """The rows of `X` `[total g, largest n, ...]` that belong to each owner `[g, ..., n]`, as views `[g, n, ...]`."""
+    if X.is_contiguous() and all(owner.shape[0] == 1 for owner in owners):
+        lengths = [owner.shape[-1] for owner in owners]
+        pieces = [size for n in lengths for size in (n, X.shape[1] - n)]
+        return list(X.flatten(0, 1).unsqueeze(0).split(pieces, dim=1)[::2])
     blocks = X.split([owner.shape[0] for owner in owners])
     return [block.narrow(1, 0, owner.shape[-1]) for block, owner in zip(blocks, owners, strict=True)]
+
+
+def stacked_rows(blocks: Sequence[Tensor]) -> Tensor:
+    """The opposite of `row_blocks`: blocks `[g, n, ...]` as a new `[total g, largest n, ...]`, padded with zeros."""
+    longest = max(block.shape[1] for block in blocks)
+    gaps = [longest - block.shape[1] for block in blocks]
+    if any(block.shape[0] > 1 for block in blocks):
+        behind = [0, 0] * (blocks[0].dim() - 2)
+        return torch.cat([pad(block, (*behind, 0, gap)) for block, gap in zip(blocks, gaps, strict=True)])
+    zeros = blocks[0].new_zeros(1, sum(gaps), *blocks[0].shape[2:]).split(gaps, dim=1)
+    flat = torch.cat([piece for pieces in zip(blocks, zeros, strict=True) for piece in pieces], dim=1)
+    return flat.unflatten(1, (len(blocks), longest)).squeeze(0)
 
 
 class LimitedMemoryInverse:

@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kfqn_core.lab.checks import relative_error
-from kfqn_core.secant import LimitedMemoryInverse, bfgs_inverse_update, bfgs_inverse_update_
+from kfqn_core.secant import (
+    LimitedMemoryInverse,
+    bfgs_inverse_update,
+    bfgs_inverse_update_,
+    row_blocks,
+    stacked_rows,
+)
 
 properties = settings(derandomize=True, deadline=None, database=None, max_examples=200)
 
@@ -189,6 +195,45 @@ def test_update_in_place_is_symmetric_to_the_last_bit(n, dtype):
         bfgs_inverse_update_(Hs, S, Y, torch.ones(6, dtype=torch.bool))
     assert all(torch.equal(H, H.mT) for H in Hs)
     assert not any(torch.equal(now, then) for now, then in zip(Hs, before, strict=True))
+
+
+SHAPES = [[(1, 3), (1, 5), (1, 1)], [(2, 3), (1, 5), (3, 5)], [(1, 4), (1, 4)], [(3, 4), (2, 4)]]
+
+
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_update_in_place_of_several_is_the_loop(shapes):
+    """With one row for each matrix, and with more; the pairs that are refused differ."""
+    generator = torch.Generator().manual_seed(len(shapes))
+    Hs = [spd(n, 3, generator, (g,)) for g, n in shapes]
+    pairs = [pair(n, 0.3, generator, (g,)) for g, n in shapes]
+    keep = torch.arange(sum(g for g, _ in shapes)) % 3 > 0
+    loop, together = [H.clone() for H in Hs], [H.clone() for H in Hs]
+    for H, (s, y), part in zip(loop, pairs, keep.split([g for g, _ in shapes]), strict=True):
+        bfgs_inverse_update_([H], s, y, part)
+    S, Y = (stacked_rows(vectors) for vectors in zip(*pairs, strict=True))
+    bfgs_inverse_update_(together, S, Y, keep)
+    for H, alone, before in zip(together, loop, Hs, strict=True):
+        assert relative_error(H, alone) < 1e-13  # sums of other lengths
+        assert [bool((h == b).all()) for h, b in zip(H, before, strict=True)] == [
+            bool((h == b).all()) for h, b in zip(alone, before, strict=True)
+        ]
+
+
+@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize("behind", [(), (1,), (2, 3)])
+def test_rows_are_put_together_and_cut_up(shapes, behind):
+    generator = torch.Generator().manual_seed(0)
+    blocks = [torch.randn(g, n, *behind, generator=generator) for g, n in shapes]
+    owners = [torch.empty(g, 2, n) for g, n in shapes]
+    X = stacked_rows(blocks)
+    assert X.shape == (sum(g for g, _ in shapes), max(n for _, n in shapes), *behind)
+    assert X.count_nonzero() == sum(block.numel() for block in blocks)  # zeros behind
+    columns_first = X.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+    for rows in (X, columns_first.transpose(0, 1)):
+        views = row_blocks(rows, owners)
+        assert all(torch.equal(view, block) for view, block in zip(views, blocks, strict=True))
+        views[1].fill_(7.0)
+        assert torch.equal(row_blocks(rows, owners)[1], torch.full_like(blocks[1], 7.0))  # views, not copies
 
 
 @pytest.mark.parametrize("ratio", [1e-12, 1.0, 1e12])
