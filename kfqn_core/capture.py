@@ -1,8 +1,11 @@
 """What forward and backward passes tell about each layer (chapters 8 and 9).
 
 One forward hook per layer reads the layer's input `x` and its pre-activation `h`; a tensor hook on `h` reads the
-gradient. Only means over samples and locations of `h` and `g = dl/dh` are kept: the secant pair of `H_g` is
-a difference of such means, `O(d)` numbers per layer. Inputs are kept by reference.
+gradient. Of both only the sum over samples and locations is kept: the secant pair of `H_g` is a difference of means,
+`O(d)` numbers per layer. Inputs are kept by reference.
+
+A hook runs between two large products, where the first call of any operation takes ten times as long as in a loop. So a
+hook sums, and whatever else there is to do waits for the step.
 """
 
 from __future__ import annotations
@@ -125,7 +128,7 @@ class Capture:
     Args:
         model: its forward marks the beginning of a pass.
         layers: the layers to watch, by name, each with its view.
-        outputs: whether the means of `h` and `g` are wanted; without them only inputs are kept.
+        outputs: whether sums of `h` and of its gradient are wanted; without them only inputs are kept.
 
     Attributes:
         watching: while false, nothing is recorded but what `inputs_only` asks for.

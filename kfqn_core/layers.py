@@ -402,4 +402,4 @@ def _check_floating(x: Tensor, what: str) -> None:
 
 
 def _dtype_of_sums(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+    return x.dtype if x.dtype.itemsize >= 4 else torch.float32

@@ -105,7 +105,8 @@ def stacked_rows(blocks: Sequence[Tensor]) -> Tensor:
     gaps = [longest - block.shape[1] for block in blocks]
     if any(block.shape[0] > 1 for block in blocks):
         behind = [0, 0] * (blocks[0].dim() - 2)
-        return torch.cat([pad(block, (*behind, 0, gap)) for block, gap in zip(blocks, gaps, strict=True)])
+        padded = (pad(block, (*behind, 0, gap)) if gap else block for block, gap in zip(blocks, gaps, strict=True))
+        return torch.cat(list(padded))
     zeros = blocks[0].new_zeros(1, sum(gaps), *blocks[0].shape[2:]).split(gaps, dim=1)
     flat = torch.cat([piece for pieces in zip(blocks, zeros, strict=True) for piece in pieces], dim=1)
     return flat.unflatten(1, (len(blocks), longest)).squeeze(0)

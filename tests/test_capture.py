@@ -12,6 +12,9 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from kfqn_core import KFQN
+from kfqn_core.capture import Capture
+from kfqn_core.lab.checks import relative_error
+from kfqn_core.layers import view
 from tests.test_optimizer import METHODS, batches, closure_for, snapshot, square_loss, tanh_network, train
 
 
@@ -163,3 +166,28 @@ def test_transforms_of_torch_func_leave_no_trace():
     assert not optimizer._capture.take()
     train(model, optimizer, [(x, y)], 1)
     assert torch.allclose(gradients["0.weight"].mean(0), model[0].weight.grad, atol=1e-12)
+
+
+def test_means_of_unequal_passes_are_those_over_all_their_samples_and_locations():
+    """Two passes that differ in samples and in locations; nothing that is kept holds on to their graphs."""
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 4).double()
+    model = nn.Sequential(layer, nn.Tanh())
+    capture = Capture(model, {"0": (layer, view(layer))}, outputs=True)
+    inputs = [torch.randn(2, 5, 3).double(), torch.randn(7, 1, 3).double()]
+    g = []
+    for x in inputs:
+        h = nn.functional.linear(x, layer.weight, layer.bias).detach().requires_grad_()
+        (of_each,) = torch.autograd.grad(h.tanh().square().sum(), h)  # of a sum over samples: each one's own
+        g.append(of_each.reshape(-1, 4))
+        (model(x).square().sum() / 9).backward()
+    record = capture.take()["0"]
+    a = torch.cat([nn.functional.pad(x.reshape(-1, 3), (0, 1), value=1.0) for x in inputs])
+    h = a @ torch.cat([layer.weight, layer.bias[:, None]], 1).mT
+    assert record.samples == 9
+    assert abs(record.T - len(a) / 9) < 1e-14
+    assert relative_error(record.mean_input()[0], a.mean(0)) < 1e-14
+    assert relative_error(record.mean_output()[0], h.mean(0)) < 1e-14
+    assert relative_error(record.mean_gradient()[0], torch.cat(g).mean(0)) < 1e-14
+    kept = [tensor for (use,) in record.passes for tensor in (use.x, use.h_sum, use.g_sum)]
+    assert not any(tensor.requires_grad for tensor in kept)

@@ -323,14 +323,17 @@ def test_memory_layout_of_the_input_does_not_matter():
 
 
 def test_half_precision_is_raised_before_it_is_summed():
-    _, v, x = example(torch.bfloat16)
-    probe = torch.randn(2, v.d_in)
+    layer, v, x = example(torch.bfloat16)
+    layer, probe = layer.float(), torch.randn(2, v.d_in)
     actual, expected = statistics(v, x, probe), statistics(v, x.double(), probe.double())
     assert actual.pop("patches").dtype == torch.bfloat16
     for name, value in actual.items():
         assert value.dtype == torch.float32
         assert relative(value.double(), expected[name]) < 1e-6  # float32 sums; bfloat16 ones would miss by 1e-2
     assert v.activation_action(x.float(), probe.double()).dtype == F64
+    assert relative(v.diagonal(x).double(), v.diagonal(x.double())) < 1e-6
+    large = 1000 * layer(x.float()).half()  # the sums are beyond float16, which ends at 65504
+    assert relative(v.sum_output(large).double(), v.sum_output(large.double())) < 1e-6
 
 
 def test_nothing_is_read_on_the_host():

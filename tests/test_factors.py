@@ -15,6 +15,7 @@ from kfqn_core import factors
 from kfqn_core.capture import Record, Use
 from kfqn_core.factors import (
     ActivationFactor,
+    Change,
     DenseInverse,
     ExactActivationFactor,
     GradientFactor,
@@ -23,6 +24,7 @@ from kfqn_core.factors import (
     acceptable,
     aligned_bmm,
     append_pairs,
+    damped_pairs,
 )
 from kfqn_core.lab.checks import relative_error
 from kfqn_core.layers import view
@@ -398,6 +400,39 @@ def test_pairs_of_many_layers_enter_as_each_would_alone():
         assert relative_error(pair.inverse.dense(), expected) < precision
     assert all(torch.equal(cases[i][0].inverse.dense()[0], before[i][0]) for i in (2, 4))
     assert torch.equal(limited.dense(), alone.dense())
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_changes_of_many_layers_enter_as_each_would_alone(poison):
+    """Of different sizes and groups, dense and limited; one that is not finite is dropped and disturbs nobody else."""
+    generator = torch.Generator().manual_seed(1)
+    together, alone = ([gradient_factor(*kind) for kind in GRADIENT_FACTORS] for _ in range(2))
+    for turn in range(3):
+        changes = []
+        for i, factor in enumerate(together):
+            s, y, g_mean = (torch.randn(*factor.s_mean.shape, generator=generator, dtype=F64) for _ in range(3))
+            if turn == i == 1:
+                y[0, -1] = poison
+            changes.append(Change(factor, s, y, g_mean))
+        for factor, change in zip(alone, changes, strict=True):
+            factor.update(*change[1:], TRUE)
+        append_pairs(damped_pairs(changes, TRUE), TRUE)
+    for one, other in zip(together, alone, strict=True):
+        for name, tensor in one.tensors().items():
+            assert torch.isfinite(tensor).all()
+            assert relative_error(tensor, other.tensors()[name]) < 1e-12
+
+
+# outputs, groups, memory; the second is the one with a bad change, among others that share a tensor with it
+GRADIENT_FACTORS = [(4, 1, None), (3, 1, None), (6, 2, None), (5, 1, 2), (3, 1, 2), (6, 3, 2)]
+
+
+def gradient_factor(d_out, groups, memory):
+    layer = nn.Conv1d(groups, d_out, 1, groups=groups)
+    return GradientFactor(
+        view(layer), 0.3, memory, pair_damping="double", pair_momentum=0.9, mu1=0.2,
+        dtype=F64, device=torch.device("cpu"),
+    )  # fmt: skip
 
 
 def test_float32_factor_stays_symmetric_and_close_to_float64():

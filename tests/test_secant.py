@@ -265,14 +265,21 @@ def test_update_in_place_where_squares_leave_the_range_of_float32(size_H, size_y
 
 
 def test_update_in_place_refuses_what_would_overflow():
-    """Both halves of the guard: a change that is too large, and an H so large that any change may be."""
+    """Both halves of the guard: a change that is too large, and an H so large that any change may be. Others move."""
     generator = torch.Generator().manual_seed(6)
     H, (s, y) = spd(4, 0, generator).float(), [v.float() for v in pair(4, 1.0, generator)]
-    for scale_H, scale_s in ((1.0, 1e38), (1e38, 1.0)):
-        actual = (scale_H * H)[None].clone()
-        before = actual.clone()
-        bfgs_inverse_update_([actual], scale_s * s[None], y[None] / 10, torch.tensor([True]))
-        assert torch.equal(actual, before)
+    first = torch.eye(4)[0]
+    a_tenth_less = (torch.diag(torch.tensor([3e38, 1.0, 1.0, 1.0])), 2.7e19 * first, 1e-19 * first)
+    for large, step, change in ((H, 1e38 * s, y / 10), (1e38 * H, s, y / 10), a_tenth_less):
+        for place in (0, 1):
+            Hs = [torch.eye(4)[None].clone()]
+            Hs.insert(place, large[None].clone())
+            S, Y = torch.ones(2, 2, 4)
+            S[place], Y[place] = step, change
+            Y[1 - place, 0] = 2.0
+            bfgs_inverse_update_(Hs, S, Y, torch.tensor([True, True]))
+            assert torch.equal(Hs[place][0], large)
+            assert relative_error(Hs[1 - place][0] @ Y[1 - place], S[1 - place]) < 1e-6
 
 
 def test_update_in_place_follows_the_inverse_in_float32():
