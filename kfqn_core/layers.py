@@ -48,9 +48,14 @@ class LayerView(ABC):
     def locations(self, x: Tensor) -> int:
         """T: at how many places the layer acts in one sample of x."""
 
-    @abstractmethod
     def patches(self, x: Tensor) -> Tensor:
         """All input vectors `a`: `[N, groups, T, d_in]` in x's dtype. Reference; large for convolutions."""
+        a = self.inputs(x)
+        return pad(a, (0, 1), value=1.0) if self.has_bias else a
+
+    @abstractmethod
+    def inputs(self, x: Tensor) -> Tensor:
+        """`patches` without the trailing 1 of the bias, if there is one: `[N, groups, T, d_in - has_bias]`."""
 
     @abstractmethod
     def outputs(self, h: Tensor) -> Tensor:
@@ -85,12 +90,21 @@ class LayerView(ABC):
         Forms patches, but only of as many samples at a time as fit into a fixed amount of memory.
         """
         at_once = max(1, PATCH_ENTRIES // (self.locations(x) * self.groups * self.d_in))
-        total = torch.zeros(self.groups, self.d_in, self.d_in, dtype=_dtype_of_sums(x), device=x.device)
+        # The 1 of the bias stays outside of the product, whose size then is even more often than not.
+        d = self.d_in - self.has_bias
+        total = torch.zeros(self.groups, d, d, dtype=_dtype_of_sums(x), device=x.device)
+        sums = total.new_zeros(self.groups, d)
         for part in x.split(at_once):
-            a = self.patches(part).to(total.dtype)
-            rows = a.transpose(0, 1).reshape(self.groups, -1, self.d_in)
+            rows = self.inputs(part).to(total.dtype).transpose(0, 1).reshape(self.groups, -1, d)
             total += rows.mT @ rows
-        return total / x.shape[0]
+            sums += rows.sum(1)
+        if not self.has_bias:
+            return total / x.shape[0]
+        A = total.new_empty(self.groups, self.d_in, self.d_in)
+        torch.div(total, x.shape[0], out=A[:, :-1, :-1])
+        A[:, -1, :-1] = A[:, :-1, -1] = sums / x.shape[0]
+        A[:, -1, -1] = self.locations(x)
+        return A
 
     def to_matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`[W | b]` per group, `[groups, d_out, d_in]`, from tensors shaped like the layer's parameters.
@@ -150,9 +164,8 @@ class LinearView(LayerView):
         _check_rows(x, self.weight_shape[1], "input")
         return math.prod(x.shape[1:-1])
 
-    def patches(self, x: Tensor) -> Tensor:
-        a = _rows(x, self.weight_shape[1], "input")
-        return pad(a, (0, 1), value=1.0) if self.has_bias else a
+    def inputs(self, x: Tensor) -> Tensor:
+        return _rows(x, self.weight_shape[1], "input")
 
     def outputs(self, h: Tensor) -> Tensor:
         return _rows(h, self.d_out, "output")
@@ -184,9 +197,9 @@ class ConvView(LayerView):
     """`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d` with any stride, padding, dilation and groups; inputs `[N, C, *spatial]`.
 
     `a` is a patch, ordered (channel, kernel position) as the weight is stored, then the 1 of the bias. Patches overlap
-    and are many times larger than the input; only `patches` and `second_moment` form them. The rest is convolutions
-    (derived in chapter 4): `a . v` at all locations is the convolution with the single filter v, and a sum over
-    locations of `a` times a score is the weight gradient of that convolution.
+    and are many times larger than the input; only `inputs`, `patches` and `second_moment` form them. The rest is
+    convolutions (derived in chapter 4): `a . v` at all locations is the convolution with the single filter v, and a sum
+    over locations of `a` times a score is the weight gradient of that convolution.
     """
 
     def __init__(self, layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
@@ -208,7 +221,7 @@ class ConvView(LayerView):
         self._check_images(x, self._channels, self._smallest, "input")
         return math.prod(self._grid(x))
 
-    def patches(self, x: Tensor) -> Tensor:
+    def inputs(self, x: Tensor) -> Tensor:
         a, rank = self._padded(x), len(self.kernel)
         axes = zip(self._grid(x), self.kernel, self.stride, self.dilation, strict=True)
         for axis, (T, kernel, stride, dilation) in enumerate(axes):
@@ -221,8 +234,7 @@ class ConvView(LayerView):
             a = a.index_select(dim, pattern.flatten()).unflatten(dim, pattern.shape)
         a = a.unflatten(1, (self.groups, -1))  # [N, groups, C, T1, K1, T2, K2, ...]
         locations, kernels = range(3, 3 + 2 * rank, 2), range(4, 4 + 2 * rank, 2)
-        a = a.permute(0, 1, *locations, 2, *kernels).flatten(2, 1 + rank).flatten(3)
-        return pad(a, (0, 1), value=1.0) if self.has_bias else a
+        return a.permute(0, 1, *locations, 2, *kernels).flatten(2, 1 + rank).flatten(3)
 
     def outputs(self, h: Tensor) -> Tensor:
         self._check_images(h, self.groups * self.d_out, [1] * len(self.kernel), "output")
