@@ -4,8 +4,8 @@ One forward hook per layer reads the layer's input `x` and its pre-activation `h
 gradient. Of both only the sum over samples and locations is kept: the secant pair of `H_g` is a difference of means,
 `O(d)` numbers per layer. Inputs are kept by reference.
 
-A hook runs between two large products, where the first call of any operation takes ten times as long as in a loop. So a
-hook sums, and whatever else there is to do waits for the step.
+A hook runs between two large products, after which the first call of an operation takes several times as long as in a
+loop. So a hook sums, and whatever else there is to do waits for the step.
 """
 
 from __future__ import annotations

@@ -93,17 +93,14 @@ class LayerView(ABC):
         # The 1 of the bias stays outside of the product, whose size then is even more often than not.
         d = self.d_in - self.has_bias
         total = torch.zeros(self.groups, d, d, dtype=_dtype_of_sums(x), device=x.device)
-        sums = total.new_zeros(self.groups, d)
         for part in x.split(at_once):
             rows = self.inputs(part).to(total.dtype).transpose(0, 1).reshape(self.groups, -1, d)
             total += rows.mT @ rows
-            sums += rows.sum(1)
         if not self.has_bias:
             return total / x.shape[0]
         A = total.new_empty(self.groups, self.d_in, self.d_in)
         torch.div(total, x.shape[0], out=A[:, :-1, :-1])
-        A[:, -1, :-1] = A[:, :-1, -1] = sums / x.shape[0]
-        A[:, -1, -1] = self.locations(x)
+        A[:, -1] = A[:, :, -1] = self.locations(x) * self.mean_input(x)
         return A
 
     def to_matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -414,4 +411,5 @@ def _check_floating(x: Tensor, what: str) -> None:
 
 
 def _dtype_of_sums(x: Tensor) -> torch.dtype:
+    """That of x, but float32 for half precision."""
     return x.dtype if x.dtype.itemsize >= 4 else torch.float32

@@ -186,6 +186,7 @@ def test_means_of_unequal_passes_are_those_over_all_their_samples_and_locations(
     h = a @ torch.cat([layer.weight, layer.bias[:, None]], 1).mT
     assert record.samples == 9
     assert abs(record.T - len(a) / 9) < 1e-14
+    # float64 sums of 17 numbers
     assert relative_error(record.mean_input()[0], a.mean(0)) < 1e-14
     assert relative_error(record.mean_output()[0], h.mean(0)) < 1e-14
     assert relative_error(record.mean_gradient()[0], torch.cat(g).mean(0)) < 1e-14

@@ -402,6 +402,17 @@ def test_pairs_of_many_layers_enter_as_each_would_alone():
     assert torch.equal(limited.dense(), alone.dense())
 
 
+def gradient_factor(d_out, groups, memory, pair_damping="double"):
+    return GradientFactor(
+        view(nn.Conv1d(groups, d_out, 1, groups=groups)), 0.3, memory, pair_damping=pair_damping, pair_momentum=0.9,
+        mu1=0.2, dtype=F64, device=torch.device("cpu"),
+    )  # fmt: skip
+
+
+# outputs, groups, memory
+GRADIENT_FACTORS = [(4, 1, None), (3, 1, None), (6, 2, None), (5, 1, 2), (3, 1, 2), (6, 3, 2)]
+
+
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_changes_of_many_layers_enter_as_each_would_alone(poison):
     """Of different sizes and groups, dense and limited; one that is not finite is dropped and disturbs nobody else."""
@@ -411,7 +422,7 @@ def test_changes_of_many_layers_enter_as_each_would_alone(poison):
         changes = []
         for i, factor in enumerate(together):
             s, y, g_mean = (torch.randn(*factor.s_mean.shape, generator=generator, dtype=F64) for _ in range(3))
-            if turn == i == 1:
+            if turn == i == 1:  # a dense one that shares a tensor with the first
                 y[0, -1] = poison
             changes.append(Change(factor, s, y, g_mean))
         for factor, change in zip(alone, changes, strict=True):
@@ -420,19 +431,7 @@ def test_changes_of_many_layers_enter_as_each_would_alone(poison):
     for one, other in zip(together, alone, strict=True):
         for name, tensor in one.tensors().items():
             assert torch.isfinite(tensor).all()
-            assert relative_error(tensor, other.tensors()[name]) < 1e-12
-
-
-# outputs, groups, memory; the second is the one with a bad change, among others that share a tensor with it
-GRADIENT_FACTORS = [(4, 1, None), (3, 1, None), (6, 2, None), (5, 1, 2), (3, 1, 2), (6, 3, 2)]
-
-
-def gradient_factor(d_out, groups, memory):
-    layer = nn.Conv1d(groups, d_out, 1, groups=groups)
-    return GradientFactor(
-        view(layer), 0.3, memory, pair_damping="double", pair_momentum=0.9, mu1=0.2,
-        dtype=F64, device=torch.device("cpu"),
-    )  # fmt: skip
+            assert relative_error(tensor, other.tensors()[name]) < 1e-12  # sums of other lengths
 
 
 def test_float32_factor_stays_symmetric_and_close_to_float64():
@@ -454,10 +453,7 @@ def test_a_pair_of_rounding_errors_is_a_pair_without_curvature(pair_damping):
     """Before batch norm mean gradients are zero up to rounding, whose sign Powell's damping would otherwise act on."""
     results = []
     for noise in (0.0, 1e-17, -1e-17):
-        factor = GradientFactor(
-            view(nn.Linear(3, 4)), 0.3, None, pair_damping=pair_damping, pair_momentum=0.9, mu1=0.2,
-            dtype=F64, device=torch.device("cpu"),
-        )  # fmt: skip
+        factor = gradient_factor(4, 1, None, pair_damping)
         s = torch.tensor([[1.0, -2.0, 0.5, 1.0]], dtype=F64)
         factor.update(s, noise * torch.tensor([[1.0, -0.3, 2.0, -1.0]], dtype=F64), torch.ones(1, 4, dtype=F64), TRUE)
         results.append(factor.inverse.dense())
@@ -470,10 +466,7 @@ def test_a_pair_of_rounding_errors_is_a_pair_without_curvature(pair_damping):
 
 @pytest.mark.parametrize("memory", [None, 3])
 def test_a_pair_that_is_not_finite_does_not_append_the_old_average_again(memory):
-    factor = GradientFactor(
-        view(nn.Linear(3, 4)), 0.3, memory, pair_damping="double", pair_momentum=0.9, mu1=0.2,
-        dtype=F64, device=torch.device("cpu"),
-    )  # fmt: skip
+    factor = gradient_factor(4, 1, memory)
     s, y = torch.tensor([[[1.0, -2.0, 0.5, 1.0]], [[2.0, -3.0, 1.5, 1.0]]], dtype=F64)
     factor.update(s, y, y, TRUE)
     before = {name: tensor.clone() for name, tensor in factor.tensors().items()}
