@@ -14,7 +14,7 @@ from benchmarks.methods import METHODS, state_bytes
 from benchmarks.problems import TASKS, Task
 from benchmarks.timing import mean_interval, step_cost, stepper
 from kfqn_core import describe
-from kfqn_core.optimizer import KFQN
+from kfqn_core.training.optimizer import KFQN
 
 __all__ = ["described_bytes", "keep_memory", "step_cost_table"]
 

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from kfqn_core import KFQN
+from kfqn_core.estimate.low_rank import ROWS
 from kfqn_core.layers import LayerView
-from kfqn_core.low_rank import ROWS
-from kfqn_core.update import activation_factors, curvature_layers
+from kfqn_core.training.groups import activation_factors, curvature_layers
 
 __all__ = ["Shape", "floor", "floor_ratio", "forward_backward", "shapes"]
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfqn_core.second_pass import restored
-from kfqn_core.update import curvature_layers
+from kfqn_core.training.groups import curvature_layers
+from kfqn_core.training.second_pass import restored
 
 LIKELIHOODS: dict[str, Callable[[Tensor], Tensor]] = {
     # Draws labels for these outputs and returns the gradient of the mean negative log-likelihood in the outputs.
@@ -30,7 +30,7 @@ LIKELIHOODS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class KFAC(torch.optim.Optimizer):
-    """K-FAC for the layers that `kfqn_core.update.curvature_layers` finds; other parameters move by their momentum.
+    """K-FAC for the layers that `curvature_layers` finds; other parameters move by their momentum.
 
     Args:
         model: called as `model(x)` in each training step; its loss is a mean over samples.

@@ -19,7 +19,7 @@ from benchmarks.methods import METHODS, Method, state_bytes
 from benchmarks.problems import Task
 from kfqn_core import KFQN
 from kfqn_core.lab.training import batches, make_closure
-from kfqn_core.options import refreshes
+from kfqn_core.training.options import refreshes
 
 __all__ = ["Ratio", "StepCost", "paired_ratios", "step_cost", "stepper"]
 

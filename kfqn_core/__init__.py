@@ -6,9 +6,9 @@ optimizer = KFQN(model, lr=0.03)                        # as one uses Adam
 optimizer = KFQN(model, lr=0.3, **presets.KBFGS_2020)   # the published method, with a closure
 """
 
-from kfqn_core import presets
-from kfqn_core.description import describe
 from kfqn_core.layers import UnsupportedLayer
-from kfqn_core.optimizer import KFQN
+from kfqn_core.training import presets
+from kfqn_core.training.describe import describe
+from kfqn_core.training.optimizer import KFQN
 
 __all__ = ["KFQN", "UnsupportedLayer", "describe", "presets"]

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kfqn_core.algebra import kron_matvec, kron_solve, nearest_kronecker, rearrange, unvec, vec
+from kfqn_core.maths.algebra import kron_matvec, kron_solve, nearest_kronecker, rearrange, unvec, vec
 
 sizes = st.integers(1, 6)
 batches = st.lists(st.integers(1, 3), max_size=2).map(tuple)

@@ -8,19 +8,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kfqn_core.damping import (
+from kfqn_core.maths.bounds import (
     Ratios,
     cautious,
-    double_damping,
     double_damping_bounds,
-    levenberg_marquardt,
     levenberg_marquardt_bounds,
     limited_memory_bounds,
     pair_ratios,
-    powell_on_inverse,
     update_bounds,
 )
-from kfqn_core.secant import LimitedMemoryInverse, bfgs_inverse_update
+from kfqn_core.maths.damping import double_damping, levenberg_marquardt, powell_on_inverse
+from kfqn_core.maths.secant import LimitedMemoryInverse, bfgs_inverse_update
 from tests.test_damping import EIGENVALUE_ERROR, eigenrange, fractions, instance, recorded, seeds, sizes
 
 MU1, MU2 = 0.2, 0.1

@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from kfqn_core import KFQN
-from kfqn_core.capture import Capture
+from kfqn_core.estimate.hooks import Capture
 from kfqn_core.lab.checks import relative_error
 from kfqn_core.layers import view
 from tests.test_optimizer import METHODS, batches, closure_for, snapshot, square_loss, tanh_network, train

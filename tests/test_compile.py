@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kfqn_core import KFQN
-from kfqn_core.capture import Record, Use
+from kfqn_core.estimate.hooks import Record, Use
 from tests.test_optimizer import METHODS, error, snapshot, train
 
 # The tracer and the functionalised graph, without a C++ compiler: what is proved is that nothing breaks the graph.

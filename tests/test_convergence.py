@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kfqn_core.convergence import gradient_bound, permitted_step
+from kfqn_core.maths.bounds import gradient_bound, permitted_step
 from tests.test_damping import eigenrange, fractions, instance, recorded, seeds, sizes
 
 

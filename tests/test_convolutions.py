@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacfwd
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kfqn_core import exact, layers
-from kfqn_core.ladder import structured_hessian
+from kfqn_core import layers
 from kfqn_core.layers import ConvView, UnsupportedLayer, view
+from kfqn_core.truth import exact
+from kfqn_core.truth.ladder import structured_hessian
 
 F64 = torch.float64
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

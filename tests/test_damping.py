@@ -8,17 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kfqn_core.damping import (
-    double_damping,
-    double_damping_bounds,
-    levenberg_marquardt,
-    levenberg_marquardt_bounds,
-    powell_bounds,
-    powell_on_identity,
-    powell_on_inverse,
-    update_bounds,
-)
-from kfqn_core.secant import bfgs_inverse_update
+from kfqn_core.maths.bounds import double_damping_bounds, levenberg_marquardt_bounds, powell_bounds, update_bounds
+from kfqn_core.maths.damping import double_damping, levenberg_marquardt, powell_on_identity, powell_on_inverse
+from kfqn_core.maths.secant import bfgs_inverse_update
 from tests.conftest import SLACK
 
 properties = settings(derandomize=True, deadline=None, database=None, max_examples=300)

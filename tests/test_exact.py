@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from kfqn_core import exact
-from kfqn_core.algebra import vec
 from kfqn_core.layers import UnsupportedLayer, view
+from kfqn_core.maths.algebra import vec
+from kfqn_core.truth import exact
 
 F64 = torch.float64
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kfqn_core import factors
-from kfqn_core.capture import Record, Use
-from kfqn_core.factors import (
+from kfqn_core.estimate import inverses as factors
+from kfqn_core.estimate.hooks import Record, Use
+from kfqn_core.estimate.inverses import (
     ActivationFactor,
     Change,
     DenseInverse,
@@ -28,7 +28,7 @@ from kfqn_core.factors import (
 )
 from kfqn_core.lab.checks import relative_error
 from kfqn_core.layers import view
-from kfqn_core.secant import LimitedMemoryInverse, bfgs_inverse_update
+from kfqn_core.maths.secant import LimitedMemoryInverse, bfgs_inverse_update
 
 F64 = torch.float64
 TRUE = torch.tensor(True)

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from kfqn_core import exact, layers
-from kfqn_core.algebra import rearrange
-from kfqn_core.ladder import backward_step, block_from_samples, rungs, structured_hessian
+from kfqn_core import layers
+from kfqn_core.maths.algebra import rearrange
+from kfqn_core.truth import exact
+from kfqn_core.truth.ladder import backward_step, block_from_samples, rungs, structured_hessian
 
 F64 = torch.float64
 TOLERANCE = 1e-10  # observed 1e-15; the contract of the book

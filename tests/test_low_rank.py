@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kfqn_core.estimate.low_rank import SHIFT, LowRankActivationFactor, nystroem
 from kfqn_core.lab.checks import relative_error
-from kfqn_core.low_rank import SHIFT, LowRankActivationFactor, nystroem
 from tests.test_factors import F64, TRUE, damped, linear_case, properties, record_of, second_moment
 
 LAYERS = {

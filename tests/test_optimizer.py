@@ -11,10 +11,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from kfqn_core import KFQN, presets
-from kfqn_core.algebra import unvec, vec
-from kfqn_core.factors import damped_pairs
+from kfqn_core.estimate.inverses import damped_pairs
 from kfqn_core.lab.checks import relative_error
-from kfqn_core.options import refreshes
+from kfqn_core.maths.algebra import unvec, vec
+from kfqn_core.training.options import refreshes
 from tests.reference_kbfgs import ReferenceKBFGS, bfgs_formula
 
 WIDTHS = (6, 9, 4, 5)
@@ -188,7 +188,7 @@ def test_heavy_ball_is_the_average_at_another_rate(step_length, monkeypatch):
             G = layer.view.to_matrix(layer.weight.grad, layer.bias.grad)
             layer.M.mul_(momentum).add_(G)
 
-    monkeypatch.setattr("kfqn_core.optimizer.average_gradients", accumulate)
+    monkeypatch.setattr("kfqn_core.training.optimizer.average_gradients", accumulate)
     lr = 0.05 * (0.1 if step_length == "raw" else 1.0)
     train(ball, KFQN(ball, lr=lr, step_length=step_length), data, 6)
     for a, b in zip(averaged.parameters(), ball.parameters(), strict=True):

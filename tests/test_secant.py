@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kfqn_core.lab.checks import relative_error
-from kfqn_core.secant import (
+from kfqn_core.maths.secant import (
     LimitedMemoryInverse,
     bfgs_inverse_update,
     bfgs_inverse_update_,

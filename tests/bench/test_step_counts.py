@@ -23,7 +23,7 @@ from benchmarks.methods import METHODS, state_bytes
 from benchmarks.problems import TASKS
 from benchmarks.timing import stepper
 from kfqn_core import KFQN
-from kfqn_core.update import Layer
+from kfqn_core.training.groups import Layer
 
 FILE = Path(__file__).with_name("step_counts.json")
 GROWTH = 1.05

@@ -21,7 +21,7 @@ def test_a_sound_chapter(tmp_path):
     assert found.problems == ()
     (claim,), (check,) = found.claims, found.checks
     assert (claim.label, claim.title) == ("thm-sum", "Sums")
-    assert (check.verifies, check.number, check.room) == (("thm-sum",), 2, "algebra.kron_matvec")
+    assert (check.verifies, check.number, check.room) == (("thm-sum",), 2, "maths.algebra.kron_matvec")
 
 
 def test_one_check_may_verify_several_claims(tmp_path):
@@ -39,8 +39,8 @@ def test_one_check_may_verify_several_claims(tmp_path):
         ("verifies: thm-sum\n", "", "no verifies"),
         ("verifies: thm-sum", "verifies: 3", "verifies is a label or a list of labels"),
         ("room: algebra.kron_matvec\n", "", "no room"),
-        ("algebra.kron_matvec", "algebra.nothing", "room kfqn_core.algebra.nothing does not exist"),
-        ("algebra.kron_matvec", "nowhere.kron_matvec", "room kfqn_core.nowhere.kron_matvec does not exist"),
+        ("maths.algebra.kron_matvec", "maths.algebra.nothing", "room kfqn_core.maths.algebra.nothing does not exist"),
+        ("maths.algebra.kron_matvec", "nowhere.kron_matvec", "room kfqn_core.nowhere.kron_matvec does not exist"),
         ("test: tests/test_algebra.py::test_sum\n", "", "no test"),
         ("test_algebra.py", "test_nothing.py", "no file tests/test_nothing.py"),
         ("::test_sum", "::test_product", "tests/test_algebra.py has no test_product"),

@@ -38,7 +38,7 @@ plt.show()
 ```{code-cell} ipython3
 ---
 verifies: lem-four
-room: algebra.kron_matvec
+room: maths.algebra.kron_matvec
 test: tests/test_algebra.py::test_sum
 broken_by: four = 5
 ---

@@ -50,7 +50,7 @@ def add(a, b):
 ```{code-cell} ipython3
 ---
 verifies: thm-sum
-room: algebra.kron_matvec
+room: maths.algebra.kron_matvec
 test: tests/test_algebra.py::test_sum
 broken_by: "add = lambda a, b: a - b"
 ---

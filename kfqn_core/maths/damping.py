@@ -5,18 +5,13 @@ estimate would not be positive definite. Each function takes vectors `[..., n]` 
 independent pairs) and returns the damped `(s, y)`; where nothing needs to change, it returns the values it was given.
 A pair of zeros stays a pair of zeros. Nothing here reads a tensor's value on the host.
 
-What a damping guarantees is said by the second half of the room: bounds of three ratios of the damped pair, and what
-those imply for the eigenvalues of the updated `H` (all derived in chapter 7). Bounds are numbers or tensors, as their
-arguments are.
+What a damping guarantees is in `bounds`.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-Number = Tensor | float
 
 
 def powell_on_inverse(H_y: Tensor, s: Tensor, y: Tensor, mu1: float) -> tuple[Tensor, Tensor]:
@@ -26,7 +21,7 @@ def powell_on_inverse(H_y: Tensor, s: Tensor, y: Tensor, mu1: float) -> tuple[Te
     equality (D_P of K-BFGS, Goldfarb, Ren & Bahamou 2020; bounds in chapter 7). `H` is positive definite; `H_y` is
     `H y`, so that a limited-memory `H` serves as well as a matrix. `mu1` in (0, 1), usually 0.2.
     """
-    _check_vectors(H_y=H_y, s=s, y=y)
+    check_vectors(H_y=H_y, s=s, y=y)
     _check_fraction(mu1, "mu1", "0.2 is the usual value")
     yHy = (y * H_y).sum(-1, keepdim=True)
     return _interpolate(s, H_y, (s * y).sum(-1, keepdim=True), yHy, mu1), y
@@ -39,7 +34,7 @@ def powell_on_identity(s: Tensor, y: Tensor, mu2: float) -> tuple[Tensor, Tensor
     equality (Powell 1978, with B = I). `mu2` must be in (0, 1): from 1 on, the `theta` of the formula leaves [0, 1] and
     `y` is extrapolated instead of damped, without bound where `s^T y` is near `|s|^2`.
     """
-    _check_vectors(s=s, y=y)
+    check_vectors(s=s, y=y)
     _check_fraction(
         mu2,
         "mu2",
@@ -55,7 +50,7 @@ def levenberg_marquardt(s: Tensor, y: Tensor, mu2: float) -> tuple[Tensor, Tenso
 
     It raises `s^T y` by `mu2 |s|^2` and so makes it positive only where `s^T y > -mu2 |s|^2`.
     """
-    _check_vectors(s=s, y=y)
+    check_vectors(s=s, y=y)
     if not isinstance(mu2, int | float):
         raise TypeError(f"mu2 must be a Python number, got {type(mu2).__name__}")
     if not (math.isfinite(mu2) and mu2 > 0):
@@ -72,63 +67,6 @@ def double_damping(H_y: Tensor, s: Tensor, y: Tensor, mu1: float, mu2: float) ->
     return powell_on_identity(s, y, mu2)
 
 
-class Ratios(NamedTuple):
-    """`r1 = |s|^2 / s'y`, `r2 = y'Hy / s'y`, `r3 = |y|^2 / s'y`: of a pair, or upper bounds of them."""
-
-    r1: Number
-    r2: Number
-    r3: Number
-
-
-def pair_ratios(H_y: Tensor, s: Tensor, y: Tensor) -> Ratios:
-    """The three ratios of pairs `[..., n]` with `s'y > 0`, each `[...]`; `H_y` is `H y`."""
-    _check_vectors(H_y=H_y, s=s, y=y)
-    sy = (s * y).sum(-1)
-    return Ratios((s * s).sum(-1) / sy, (y * H_y).sum(-1) / sy, (y * y).sum(-1) / sy)
-
-
-def powell_bounds(low: Number, mu1: float) -> Ratios:
-    """Bounds after `powell_on_inverse`, for an `H` with smallest eigenvalue `low`. Nothing bounds `r1`."""
-    return Ratios(math.inf, 1 / mu1, 1 / (low * mu1))
-
-
-def double_damping_bounds(low: Number, high: Number, mu1: float, mu2: float) -> Ratios:
-    """Bounds after `double_damping`, for an `H` with eigenvalues in `[low, high]`."""
-    r2 = (mu1**-0.5 + (mu2 * high) ** 0.5) ** 2
-    return Ratios(1 / mu2, r2, ((low * mu1) ** -0.5 + mu2**0.5) ** 2)
-
-
-def levenberg_marquardt_bounds(low: Number, high: Number, mu1: float, mu2: float) -> Ratios:
-    """Bounds after `powell_on_inverse` and then `levenberg_marquardt`, for an `H` with eigenvalues in `[low, high]`."""
-    return Ratios(1 / mu2, 1 / mu1 + mu2 * high, 1 / (low * mu1) + mu2)
-
-
-def update_bounds(low: Number, high: Number, ratios: Ratios) -> tuple[Number, Number]:
-    """Lower and upper bound of the eigenvalues after one BFGS update of an `H` with eigenvalues in `[low, high]`."""
-    r1, r2, r3 = ratios
-    return 1 / (1 / low + r3), (high**0.5 + (r1 * r2) ** 0.5) ** 2 + r1
-
-
-def cautious(s: Tensor, y: Tensor, c1: float, c2: float) -> Tensor:
-    """Whether a pair `[..., n]` may enter a limited memory with provable bounds: `|s|^2 <= c1 s'y`, `|y|^2 <= c2 s'y`.
-
-    Bool `[...]`; false for `s'y <= 0` and for NaN. `c1 c2` is at least 1, since no pair passes otherwise.
-    """
-    _check_vectors(s=s, y=y)
-    _check_cautious(c1, c2)
-    sy = (s * y).sum(-1)
-    return (sy > 0) & ((s * s).sum(-1) <= c1 * sy) & ((y * y).sum(-1) <= c2 * sy)
-
-
-def limited_memory_bounds(gamma: float, memory: int, c1: float, c2: float) -> tuple[float, float]:
-    """Bounds of the eigenvalues of a `LimitedMemoryInverse` all of whose pairs passed `cautious(s, y, c1, c2)`."""
-    _check_cautious(c1, c2)
-    high = gamma
-    for _ in range(memory):
-        high = c1 * c2 * high + c1  # r1 r3 |H| + r1, the second bound of one update
-    return 1 / (1 / gamma + memory * c2), high
-
-
 def _interpolate(vector: Tensor, safe: Tensor, product: Tensor, safe_product: Tensor, mu: float) -> Tensor:
     """`theta vector + (1 - theta) safe`, so that `theta product + (1 - theta) safe_product = mu safe_product`."""
     triggered = product < mu * safe_product
@@ -138,7 +76,7 @@ def _interpolate(vector: Tensor, safe: Tensor, product: Tensor, safe_product: Te
     return torch.where(triggered, theta * vector + (1 - theta) * safe, vector)
 
 
-def _check_vectors(**vectors: Tensor) -> None:
+def check_vectors(**vectors: Tensor) -> None:
     dtypes = {vector.dtype for vector in vectors.values()}
     shapes = {name: list(vector.shape) for name, vector in vectors.items()}
     if len(dtypes) > 1 or not all(dtype.is_floating_point for dtype in dtypes):
@@ -153,11 +91,3 @@ def _check_fraction(value: float, name: str, advice: str) -> None:
         raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
     if not 0 < value < 1:
         raise ValueError(f"{name} must be in (0, 1), got {value!r}; {advice}")
-
-
-def _check_cautious(c1: float, c2: float) -> None:
-    if not (c1 > 0 and c2 > 0 and c1 * c2 >= 1):
-        raise ValueError(
-            f"c1 and c2 must be positive with c1 c2 >= 1, got {c1!r} and {c2!r}: |s|^2 |y|^2 >= (s'y)^2, so no pair "
-            "would pass; raise c2"
-        )

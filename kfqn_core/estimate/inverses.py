@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kfqn_core.capture import Record
-from kfqn_core.damping import double_damping, levenberg_marquardt, powell_on_inverse
+from kfqn_core.estimate.hooks import Record
 from kfqn_core.layers import LayerView
-from kfqn_core.secant import LimitedMemoryInverse, bfgs_inverse_update_, row_blocks, stacked_rows
+from kfqn_core.maths.damping import double_damping, levenberg_marquardt, powell_on_inverse
+from kfqn_core.maths.secant import LimitedMemoryInverse, bfgs_inverse_update_, row_blocks, stacked_rows
 
 CURVATURE_TEST = 1e-4
 """A pair is used only if `s'y > 1e-4 ||s||^2 ||v||` (the authors' public code of 2020)."""
@@ -57,7 +57,7 @@ def aligned_bmm(X: Tensor, Y: Tensor) -> Tensor:
 class DenseInverse:
     """A dense inverse Hessian estimate: `H`, `[groups, size, size]`, the identity at first.
 
-    `apply` and `dense` are those of a :class:`~kfqn_core.secant.LimitedMemoryInverse`; pairs enter by `append_pairs`.
+    `apply` and `dense` are those of a `LimitedMemoryInverse`; pairs enter by `append_pairs`.
     """
 
     def __init__(

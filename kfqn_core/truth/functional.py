@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp
 
-from kfqn_core.algebra import unvec, vec
 from kfqn_core.layers import SUPPORTED, LayerView, view
+from kfqn_core.maths.algebra import unvec, vec
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 CHUNK = 64  # unit vectors differentiated at once: bounds the memory beside the result

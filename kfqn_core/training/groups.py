@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from kfqn_core.capture import Record
-from kfqn_core.factors import ActivationFactor, Change, ExactActivationFactor, GradientFactor, Pair
+from kfqn_core.estimate.hooks import Record
+from kfqn_core.estimate.inverses import ActivationFactor, Change, ExactActivationFactor, GradientFactor, Pair
+from kfqn_core.estimate.low_rank import LowRankActivationFactor
 from kfqn_core.layers import LayerView, UnsupportedLayer, view
-from kfqn_core.low_rank import LowRankActivationFactor
 
 # Inputs of the widest layer that "auto" gives a matrix: M H_a costs d_in / (3 N T) of a forward and backward pass, more
 # than the pass itself in wide layers with small mini-batches.

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfqn_core.distributed import Ranks
 from kfqn_core.layers import LayerView
+from kfqn_core.parallel.ranks import Ranks
 
 
 @dataclass

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, jvp
 
-from kfqn_core.functional import (
+from kfqn_core.layers import view
+from kfqn_core.truth.functional import (
     CHUNK,
     LayerCall,
     LayerParameters,
@@ -38,7 +39,6 @@ from kfqn_core.functional import (
     matrix_of,
     scalar,
 )
-from kfqn_core.layers import view
 
 __all__ = [
     "categorical",

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kfqn_core.algebra import nearest_kronecker
-from kfqn_core.exact import layer_call, preactivation_hessians
-from kfqn_core.functional import LossFunction
 from kfqn_core.layers import view
+from kfqn_core.maths.algebra import nearest_kronecker
+from kfqn_core.truth.exact import layer_call, preactivation_hessians
+from kfqn_core.truth.functional import LossFunction
 
 __all__ = ["Rung", "backward_step", "block_from_samples", "rungs", "structured_hessian"]
 

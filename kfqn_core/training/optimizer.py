@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
-from kfqn_core.capture import Capture, Record
-from kfqn_core.distributed import refuse_shards
-from kfqn_core.factors import Change, Pair, append_pairs, damped_pairs
+from kfqn_core.estimate.hooks import Capture, Record
+from kfqn_core.estimate.inverses import Change, Pair, append_pairs, damped_pairs
 from kfqn_core.layers import LinearView
-from kfqn_core.options import check_options, of_linear_layers, refreshes
-from kfqn_core.second_pass import SecondPass, cuda_devices, restored
-from kfqn_core.update import Layer, activation_factors, average_gradients, curvature_layers, move
+from kfqn_core.parallel.ranks import refuse_shards
+from kfqn_core.training.groups import Layer, activation_factors, average_gradients, curvature_layers, move
+from kfqn_core.training.options import check_options, of_linear_layers, refreshes
+from kfqn_core.training.second_pass import SecondPass, cuda_devices, restored
 
 # Of the mean length of the rows of D: a unit whose gradient is smaller than that is hardly used, and moves less.
 ROW_FLOOR = 1e-3

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kfqn_core.capture import Record
+from kfqn_core.estimate.hooks import Record
 from kfqn_core.layers import LayerView
 
 DECAY = 0.9  # weight of the past in the running averages of A's action and of its diagonal

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfqn_core.optimizer import KFQN
-from kfqn_core.second_pass import cuda_devices, restored
-from kfqn_core.update import Layer
+from kfqn_core.training.groups import Layer
+from kfqn_core.training.optimizer import KFQN
+from kfqn_core.training.second_pass import cuda_devices, restored
 
 
 @dataclass(frozen=True)
