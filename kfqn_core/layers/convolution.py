@@ -35,6 +35,9 @@ class ConvView(LayerView):
         axes = zip(self.kernel, self.dilation, self._padding, strict=True)
         self._smallest = [_smallest_size(*axis, layer.padding_mode) for axis in axes]
 
+    def batched(self, x: Tensor) -> Tensor:
+        return x.unsqueeze(0) if x.dim() == 1 + len(self.kernel) else x  # [C, *spatial] -> [1, C, *spatial]
+
     def locations(self, x: Tensor) -> int:
         self._check_images(x, self._channels, self._smallest, "input")
         return math.prod(self._grid(x))

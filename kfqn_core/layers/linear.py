@@ -21,6 +21,9 @@ class LinearView(LayerView):
         self.d_out = layer.out_features
         self.weight_shape = (layer.out_features, layer.in_features)
 
+    def batched(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, x.shape[-1])  # [N, ..., d] -> [N T, d]; [d] -> [1, d]
+
     def locations(self, x: Tensor) -> int:
         _check_rows(x, self.weight_shape[1], "input")
         return math.prod(x.shape[1:-1])

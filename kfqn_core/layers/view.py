@@ -12,7 +12,10 @@ inputs and outputs run over both. Derived in chapters 3 and 4.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,6 +26,23 @@ PATCH_ENTRIES = 2**24  # patches that `second_moment` holds at once: 64 MiB in f
 
 class UnsupportedLayer(TypeError):  # noqa: N818 - named for what it says, not for its kind
     """The layer cannot be written as `h = W a` by this package."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one call of a layer showed of one of its matrices.
+
+    Attributes:
+        x: the input as the `LayerView` takes it; a function that returns it where it is known only when backward has
+            come to `h`.
+        h: the pre-activation; or, if the layer does not show it, a tensor through which every gradient passes on its
+            way to the weight.
+        shows_h: whether `h` is the pre-activation itself.
+    """
+
+    x: Tensor | Callable[[], Tensor]
+    h: Tensor
+    shows_h: bool = True
 
 
 class LayerView(ABC):
@@ -40,6 +60,23 @@ class LayerView(ABC):
     d_out: int
     has_bias: bool
     weight_shape: tuple[int, ...]
+
+    def batched(self, x: Tensor) -> Tensor:
+        """`x` with its samples along axis 0: an unbatched sample becomes a batch of one.
+
+        The rows that a fully connected layer sees are samples, each by itself, whatever the axes they are arranged in:
+        `[N, T, d]`, `[T, N, d]` and `[N T, d]` are the same batch to the optimizer, and its damping the same. (The
+        views themselves, and chapter 3, call the positions of a sequence locations.)
+        """
+        return x
+
+    def without_bias(self) -> LayerView:
+        """The view of the layer whose bias is a constant that nobody trains: `a` without the trailing 1."""
+        if not self.has_bias:
+            return self
+        other = copy.copy(self)
+        other.has_bias, other.d_in = False, self.d_in - 1
+        return other
 
     @abstractmethod
     def locations(self, x: Tensor) -> int:
@@ -100,6 +137,17 @@ class LayerView(ABC):
         A[:, -1] = A[:, :, -1] = self.locations(x) * self.mean_input(x)
         return A
 
+    def rows_of(self, weight: Tensor) -> Tensor:
+        """`W` without its bias column, `[groups, d_out, d_in - has_bias]`, from a tensor shaped like the weight.
+
+        A view of it. Kinds that store their weight in another order replace this and `weight_of`.
+        """
+        return weight.reshape(self.groups, self.d_out, -1)
+
+    def weight_of(self, rows: Tensor) -> Tensor:
+        """The opposite of `rows_of`: a view shaped like the weight, from `[groups, d_out, d_in - has_bias]`."""
+        return rows.reshape(self.weight_shape)
+
     def to_matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`[W | b]` per group, `[groups, d_out, d_in]`, from tensors shaped like the layer's parameters.
 
@@ -116,7 +164,7 @@ class LayerView(ABC):
                 if self.has_bias
                 else "the layer has no bias but one was passed; pass None"
             )
-        W = weight.reshape(self.groups, self.d_out, -1)
+        W = self.rows_of(weight)
         if bias is None:
             return W
         if bias.numel() != self.groups * self.d_out:
@@ -132,8 +180,8 @@ class LayerView(ABC):
         if tuple(W.shape) != expected:
             raise ValueError(f"W has shape {tuple(W.shape)}, but this layer needs [groups, d_out, d_in] = {expected}")
         if not self.has_bias:
-            return W.reshape(self.weight_shape), None
-        return W[..., :-1].reshape(self.weight_shape), W[..., -1].reshape(-1)
+            return self.weight_of(W), None
+        return self.weight_of(W[..., :-1]), W[..., -1].reshape(-1)
 
     def check_vectors(self, v: Tensor) -> None:
         if v.dim() not in (2, 3) or tuple(v.shape[:2]) != (self.groups, self.d_in):
