@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test book chapters site lab student bench bench-full bench-gpu lint format lock clean
+.PHONY: help setup test book chapters budgets site lab student bench bench-full bench-gpu lint format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,8 +22,9 @@ setup: .venv/.ready ## create .venv and install everything, pinned by constraint
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "This book needs Python 3.11 or newer, and '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)."; \
 	  echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@echo "Installing the $$(wc -l < constraints.txt) packages of constraints.txt into .venv, about 2 GB with torch: minutes."
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	mkdir -p .venv/share/jupyter/lab/settings
 	cp tools/jupyterlab-overrides.json .venv/share/jupyter/lab/settings/overrides.json
 	@touch $@
@@ -38,13 +39,17 @@ chapters: setup ## execute the chapters that changed, out/notebooks
 	@$(BIN)/python -m pytest -v --no-header -n $(WORKERS) --dist worksteal --nbmake --reuse chapters || { \
 	  echo "A chapter failed, see above. The last good notebooks and site are untouched."; exit 1; }
 
+budgets: setup ## does every chapter keep its time? On a quiet machine, one after another
+	$(BIN)/python -m pytest -v --no-header --nbmake --strict-budgets chapters
+
 site: setup ## build the site from the executed notebooks
 	@$(BIN)/python -m tools.site
 
+# A backend that the shell names for all of matplotlib would take the pictures away.
 lab: setup ## open JupyterLab; the chapters open as notebooks
-	$(BIN)/jupyter lab chapters
+	MPLBACKEND= $(BIN)/jupyter lab chapters
 
-student: setup ## notebooks without solutions, out/student
+student: setup ## notebooks without solutions, out/student; the course they belong to, out/course
 	$(BIN)/python -m tools.student
 
 bench: setup ## does a short benchmark order the methods as the committed results do? (15 minutes)
@@ -62,23 +67,29 @@ bench-full: setup ## run what is missing from benchmarks/results (hours), then w
 bench-gpu: setup ## step costs at larger sizes on a GPU; without one, say what would run
 	$(BIN)/python -m benchmarks gpu
 
-lint: setup ## ruff, codespell, mypy, and the chapters' round trip through jupytext
+lint: setup ## ruff, codespell, mypy, the floors' imports, and the chapters' round trip through jupytext
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
 	rm -rf out/lint && mkdir -p out/lint
-	for chapter in chapters/*.md; do \
+	chapters=$$($(BIN)/python -m tools.manifest) && for chapter in $$chapters; do \
 	  $(BIN)/jupytext --quiet --to ipynb --output out/lint/$$(basename $$chapter .md).ipynb $$chapter || exit 1; done
 	$(BIN)/ruff check --no-respect-gitignore out/lint
 	$(BIN)/jupytext --quiet --to md:myst --test out/lint/*.ipynb
 	$(BIN)/codespell
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 format: setup ## the code as ruff, the chapters as JupyterLab would save them
 	$(BIN)/ruff format $(CODE)
-	$(BIN)/jupytext --quiet --to md:myst $$(grep -l 'format_name: myst' chapters/*.md)
+	chapters=$$($(BIN)/python -m tools.manifest) && $(BIN)/jupytext --quiet --to md:myst $$chapters
 
 lock: setup ## write the versions of .venv to constraints.txt
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt
 
-clean: ## remove what was built, keep .venv
-	rm -rf out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+# out/course holds grades and answers that nobody can build again, out/student the release they belong to.
+clean: ## remove what was built, keep .venv and a course (out/course, out/student)
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@if [ -d out ]; then find out -mindepth 1 -maxdepth 1 ! -name course ! -name student -exec rm -rf {} +; fi
+	@if [ -e out/course ] || [ -e out/student ]; then \
+	  echo "Kept out/course and out/student: grades and answers cannot be built again. Remove them by hand."; \
+	elif [ -d out ]; then rmdir out; fi

@@ -20,7 +20,7 @@ from torch import nn
 from kfqn_core import KFQN
 from kfqn_core.estimate.low_rank import ROWS
 from kfqn_core.layers import LayerView
-from kfqn_core.training.groups import activation_factors, curvature_layers
+from kfqn_core.training.selection import activation_factors, curvature_layers
 
 __all__ = ["Shape", "floor", "floor_ratio", "forward_backward", "shapes"]
 

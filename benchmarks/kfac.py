@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfqn_core.training.groups import curvature_layers
+from kfqn_core.training.selection import curvature_layers
 from kfqn_core.training.second_pass import restored
 
 LIKELIHOODS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kfqn_core import KFQN
-from kfqn_core.estimate.hooks import Record, Use
+from kfqn_core.estimate.statistics import Record, Use
 from tests.test_optimizer import METHODS, error, snapshot, train
 
 # The tracer and the functionalised graph, without a C++ compiler: what is proved is that nothing breaks the graph.
@@ -23,7 +23,7 @@ def test_layer_update_is_one_graph(method):
     finite = torch.tensor(True)
     for name, x, T in (("0", torch.randn(8, 2, 5, 5).double(), 9), ("3", torch.randn(8, 36).double(), 1)):
         eager = optimizer.layers[name]
-        record = Record(eager.view, [[Use(x, T)]])
+        record = Record(eager.view, [Use(x, T)])
         eager.activation.start(record.second_moment())
         eager.M.normal_()
         compiled = copy.deepcopy(eager)

@@ -197,7 +197,7 @@ def test_ranks_agree_on_skipping_a_step_and_on_locations(ranks):
 
 def test_a_warm_start_before_ranks_know_each_other_is_refused(ranks):
     for rank in ranks:
-        assert "give KFQN the wrapped model" in rank["refusals"]
+        assert "wrap it in DistributedDataParallel" in rank["refusals"]
 
 
 def test_a_checkpoint_can_be_read_by_one_process(ranks):

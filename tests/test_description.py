@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from kfqn_core import KFQN, describe, presets
-from kfqn_core.estimate.inverses import ActivationFactor
+from kfqn_core.estimate.activation import ActivationFactor
 from kfqn_core.estimate.low_rank import LowRankActivationFactor
-from kfqn_core.training.groups import activation_factors
+from kfqn_core.training.selection import activation_factors
 
 
 def model():

@@ -209,6 +209,57 @@ def test_the_model_is_left_as_it_was():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_a_module_with_two_names_keeps_its_parameters():
+    """PyTorch's functional_call puts them back only once."""
+    torch.manual_seed(0)
+    shared, norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
+    tied = nn.Linear(3, 3)
+    model = nn.Sequential(shared, norm, nn.Tanh(), shared, norm, tied, nn.Tanh(), nn.Linear(3, 3)).double()
+    model[7].weight = tied.weight
+    x, y = data(6, 3)
+    before = [(p, p.clone()) for p in model.parameters()]
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    for layer in ("0", "5"):
+        own = list(dict(model.named_modules())[layer].parameters())
+        order = book_order(model[0])
+        actual = exact.layer_hessian(model.eval(), wave, x, y, layer)
+        assert relative(actual, double_backward(wave(model(x), y), own, own)[order][:, order]) < 1e-12
+        exact.layer_fisher(model, nn.CrossEntropyLoss(), x, exact.categorical, layer)
+        model.train()
+        exact.network_hessian(model, wave, x, y)
+    assert all(p is q and torch.equal(p, value) for p, (q, value) in zip(model.parameters(), before, strict=True))
+    assert all(b is c and torch.equal(b, value) for b, (c, value) in zip(model.buffers(), buffers, strict=True))
+
+
+class Attention(nn.Module):
+    """Its fused kernels have no second derivatives."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.o = nn.Linear(4, 4), nn.Linear(in_features=4, out_features=3)
+
+    def forward(self, x):
+        q = self.q(input=x)[:, None]
+        return self.o(input=nn.functional.scaled_dot_product_attention(q, q, q)[:, 0]).mean(1)
+
+
+def test_attention_is_differentiated_by_its_formula_and_layers_may_be_called_by_keyword():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    torch.manual_seed(0)
+    model, (x, y) = Attention().double(), data(5, 3, 4)
+    for layer in (model.q, model.o):
+        own, order = list(layer.parameters()), book_order(layer)
+        with sdpa_kernel(SDPBackend.MATH):
+            reference = double_backward(wave(model(x), y), own, own)[order][:, order]
+        assert relative(exact.layer_hessian(model, wave, x, y, layer), reference) < 1e-12
+        call = exact.layer_call(model, x, layer)
+        assert relative(layer(call.input), call.output) < 1e-14
+        assert exact.preactivation_hessians(model, wave, x, y, layer).shape[0] == 5
+    assert exact.layer_fisher(model, nn.CrossEntropyLoss(), x, exact.categorical, "q").shape == (20, 20)
+    assert exact.network_hessian(model, wave, x, y).shape == (35, 35)
+
+
 def test_results_carry_no_graph():
     model, (x, y) = mlp(), data(6, 5, labels=True)
     loss_fn = nn.CrossEntropyLoss()

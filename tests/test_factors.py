@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kfqn_core.estimate import inverses as factors
-from kfqn_core.estimate.hooks import Record, Use
+from kfqn_core.estimate.statistics import Record, Use
 from kfqn_core.estimate.inverses import (
     ActivationFactor,
     Change,
@@ -54,7 +54,7 @@ def linear_case(d, samples, seed, scale=0.0, groups=1):
 
 def record_of(layer, x):
     v = view(layer)
-    return Record(v, [[Use(x, v.locations(x))]])
+    return Record(v, [Use(x, v.locations(x))])
 
 
 def factor_of(record, damping, decay):
@@ -63,7 +63,7 @@ def factor_of(record, damping, decay):
 
 def second_moment(record):
     """A by its definition, from the patches."""
-    a = torch.cat([record.view.patches(use.x) for uses in record.passes for use in uses])
+    a = torch.cat([record.view.patches(use.x) for use in record.uses])
     return torch.einsum("nuti,nutj->uij", a, a) / len(a)
 
 
@@ -111,7 +111,7 @@ def test_pair_is_the_damped_second_moment_times_the_step(d, groups, damping, sca
         factor.average(A, TRUE)
         A = decay * second_moment(first) + (1 - decay) * A
         assert relative_error(factor.A, A) < 1e-14  # one interpolation
-    a = record.view.patches(record.passes[0][0].x)
+    a = record.view.patches(record.uses[0].x)
     H, s = factor.H.clone(), torch.einsum("uij,uj->ui", factor.H, a.mean((0, 2)))
     y = torch.einsum("uij,uj->ui", damped(A, damping), s)
     factor.update(record, TRUE)
@@ -239,7 +239,7 @@ def test_one_step_bound_from_above_is_attained_step_after_step():
 
 def test_groups_are_independent_factors():
     _, record = linear_case(3, 6, 1, groups=2)
-    x = record.passes[0][0].x
+    x = record.uses[0].x
     factor = factor_of(record, 0.2, None)
     factor.start(second_moment(record))
     factor.update(record, TRUE)
@@ -322,7 +322,7 @@ def test_a_non_finite_mini_batch_changes_nothing(poison, decay):
     factor = factor_of(record, 0.1, decay)
     factor.start(second_moment(record))
     before = {name: tensor.clone() for name, tensor in factor.tensors().items()}
-    x = record.passes[0][0].x.clone()
+    x = record.uses[0].x.clone()
     x[2, 1] = poison
     bad = record_of(layer, x)
     if decay is not None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from kfqn_core.layers import LayerView, UnsupportedLayer, view
+from kfqn_core.layers import LayerView, UnsupportedLayer, parts, view
 
 F64 = torch.float64
 CASES = [((7, 5), True), ((7, 5), False), ((4, 3, 5), True), ((4, 3, 5), False), ((2, 3, 2, 5), True), ((1, 5), True)]
@@ -102,6 +102,41 @@ def test_nothing_is_read_on_the_host():
         assert v.second_moment(x).shape == (1, 6, 6)
         assert v.sum_output(layer(x)).shape == (1, 4)
         v.from_matrix(v.to_matrix(layer.weight, layer.bias))
+
+
+def test_sums_of_half_precision_are_not_ends_of_its_range():
+    """float16 ends at 65504."""
+    layer, v, x = case((4096, 5), True, torch.float16)
+    x = 100 * x
+    for statistic in (v.mean_input, v.second_moment, v.diagonal, lambda x: v.activation_action(x, torch.ones(1, 6))):
+        assert statistic(x).dtype == torch.float32
+        assert close(statistic(x).double(), statistic(x.double()), 1e-5)  # float32 sums of 4096 terms
+    h = layer.float()(x.float()).half()
+    assert close(v.sum_output(h).double(), v.sum_output(h.double()), 1e-5)
+
+
+def test_rows_are_samples_to_the_optimizer():
+    _, v, x = case((4, 3, 5), True)
+    assert v.batched(x).shape == (12, 5)
+    assert v.batched(x[0, 0]).shape == (1, 5)
+    assert v.batched(x[:0]).shape == v.batched(x[:, :0]).shape == (0, 5)  # no samples: nobody's statistics, no error
+    assert close(v.second_moment(v.batched(x)), v.second_moment(x) / 3)
+    image = view(nn.Conv2d(2, 3, 3))
+    assert image.batched(torch.zeros(2, 6, 5)).shape == (1, 2, 6, 5)
+    assert image.batched(torch.zeros(0, 2, 6, 5)).shape == (0, 2, 6, 5)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(5, 4), nn.Conv1d(5, 4, 1), nn.ConvTranspose1d(5, 4, 1)])
+def test_a_call_shows_input_and_output_however_it_is_made(layer):
+    part, x = parts(layer)[0], torch.randn(2, 5, 5)
+    h = layer(x)
+    for args, kwargs in (((x,), {}), ((), {"input": x})):
+        call = part.call(layer, args, kwargs, h)
+        assert call.x is x
+        assert call.h is h
+        assert call.shows_h
+    for args, kwargs, output in (((), {}, h), ((3,), {}, h), ((x,), {}, (h,)), ((), {"input": None}, h)):
+        assert part.call(layer, args, kwargs, output) is None
 
 
 class PlainSubclass(nn.Linear):

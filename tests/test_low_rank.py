@@ -149,7 +149,7 @@ def test_a_factor_that_starts_from_nothing_finds_its_directions():
 def test_lost_directions_come_back():
     """Equal samples have one direction; with different ones the others are found again."""
     record = case("linear")
-    x = record.passes[0][0].x
+    x = record.uses[0].x
     factor = factor_of(record, 3)
     factor.start_from(record_of(nn.Linear(9, 3, dtype=F64), x[:1].expand(40, -1)))
     for _ in range(200):
@@ -164,7 +164,7 @@ def test_a_non_finite_mini_batch_changes_nothing(poison):
     factor = factor_of(record, 3)
     factor.start_from(record)
     before = {name: tensor.clone() for name, tensor in factor.tensors().items()}
-    x = record.passes[0][0].x.clone()
+    x = record.uses[0].x.clone()
     x[2, 1] = poison
     factor.update(record_of(LAYERS["conv"][0], x), torch.tensor(False))  # the optimizer saw it in the loss
     factor.update(record_of(LAYERS["conv"][0], x), TRUE)  # it did not
@@ -217,7 +217,7 @@ def test_no_matrix_of_the_inputs_and_no_patches(layer, shape):
 
 def test_rows_of_a_batch_of_groups_are_independent():
     _, record = linear_case(6, 12, 1, groups=2)
-    x = record.passes[0][0].x
+    x = record.uses[0].x
     factor = factor_of(record, 2)
     factor.start_from(record)
     for group in range(2):
@@ -236,7 +236,7 @@ def test_rows_of_a_batch_of_groups_are_independent():
 def test_thinned_record_is_every_kth_sample():
     """Statistics of the thinned record are those of the samples that remain, whatever the number of passes."""
     record = case("conv")
-    x = record.passes[0][0].x
+    x = record.uses[0].x
     assert record.thinned(10**6) is record
     thin = record.thinned(round(len(x) * record.T / 3))
     assert thin.samples == 4

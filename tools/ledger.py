@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from nbformat import NotebookNode
@@ -95,19 +97,34 @@ def _cell_problems(cell: NotebookNode, broken_by: str) -> list[str]:
 def find_room(room: str) -> Any:
     """The object that `room` names, below the package or, where it begins with `benchmarks`, beside it; LookupError if
     there is none."""
-    full = room if room.startswith(f"{BESIDE}.") else f"{PACKAGE}.{room}"
-    path, *names = full.split(".")
-    found = importlib.import_module(path)
-    for name in names:
-        path += f".{name}"
-        try:
-            found = getattr(found, name)
-        except AttributeError:
-            try:
-                found = importlib.import_module(path)
-            except ImportError:
-                raise LookupError(f"room {full} does not exist ({path})") from None
-    return found
+    full = room if room.split(".")[0] == BESIDE else f"{PACKAGE}.{room}"
+    top, *names = full.split(".")
+    for found in _objects(_module(top, full), top, names, full):
+        return found
+    raise LookupError(f"room {full} does not exist")
+
+
+def _objects(found: Any, path: str, names: list[str], full: str) -> Iterator[Any]:
+    """Whatever `names` may mean below `found`. What a package shows under a name comes first: of `layers.view` that is
+    the function. A file of the same name comes second, and holds `layers.view.LayerView`."""
+    if found is None:
+        return
+    if not names:
+        yield found
+        return
+    path, name, *names = f"{path}.{names[0]}", *names
+    yield from _objects(getattr(found, name, None), path, names, full)
+    if inspect.ismodule(found):
+        yield from _objects(_module(path, full), path, names, full)
+
+
+def _module(path: str, full: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(path)
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == path:
+            return None
+        raise LookupError(f"room {full}: {path} cannot be imported: {error}") from None
 
 
 @cache

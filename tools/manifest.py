@@ -34,8 +34,8 @@ class Chapter:
     title: str
     tier: str
     requires: tuple[str, ...]
-    budget_s: int  # seconds the whole chapter may take, on two CPU cores
-    timeout_s: int  # seconds one cell may take
+    budget_s: int  # seconds the whole chapter should take on two quiet CPU cores; more is a warning
+    timeout_s: int  # seconds after which one cell is stopped: it hangs
     device: str
     path: Path
 
@@ -209,8 +209,20 @@ def load(root: Path = ROOT) -> Book:
             raise ManifestError(
                 f"{file}: slug {chapter.slug!r}: title is {chapter.title!r}, but {chapter.path} starts with {heading!r}"
             )
-    listed = {chapter.path for chapter in book.chapters}
-    for path in sorted(book.src.glob("*.md")):
-        if path not in listed and path.name != HOME_PAGE:
-            raise ManifestError(f"{file}: part.chapter.slug: {path} is not listed")
     return book
+
+
+def left_out(book: Book) -> list[str]:
+    """A sentence for every text or notebook in the chapters' folder that the list does not name: it is not the book's,
+    and does the book no harm, unless its author forgot to list it."""
+    listed = {chapter.path for chapter in book.chapters} | {book.src / HOME_PAGE}
+    found = {path for kind in ("*.md", "*.ipynb") for path in book.src.glob(kind)}
+    return [
+        f"{path.relative_to(book.root).as_posix()} is not listed in book.toml, and was left out"
+        for path in sorted(found - listed)
+    ]
+
+
+if __name__ == "__main__":
+    # The chapters' files, for the Makefile.
+    print(*(chapter.path.relative_to(ROOT).as_posix() for chapter in load().chapters), sep="\n")

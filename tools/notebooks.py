@@ -8,8 +8,10 @@ while the stamp holds.
 from __future__ import annotations
 
 import hashlib
-import platform
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -21,11 +23,13 @@ from nbformat import NotebookNode
 from nbmake.nb_result import NotebookError
 from nbmake.nb_run import NotebookRun
 
-from tools import exercises, ledger, source, verification
+from tools import exercises, foundations, ledger, source, verification
 from tools.manifest import Book, Chapter
 from tools.source import ChapterError
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
+# A shell may name a backend for all of matplotlib (on clusters: Agg), and a matplotlibrc too: pictures go to the page.
+BACKEND = "module://matplotlib_inline.backend_inline"
 
 
 @dataclass(frozen=True)
@@ -55,13 +59,20 @@ def trials(chapter: Chapter, notebook: NotebookNode) -> list[str]:
 def stamp(book: Book, chapter: Chapter) -> str:
     """A hash of what the outputs of a chapter, and the verdict on its checks, depend on."""
     notebook = source.read(book, chapter)
-    digest = hashlib.sha256(platform.python_version().encode())
-    digest.update("\n".join([nbformat.writes(notebook), *trials(chapter, notebook)]).encode())
-    package = sorted((book.root / ledger.PACKAGE).rglob("*.py"))
+    own = sorted((book.root / ledger.PACKAGE).rglob("*.py"))
     if f"from {ledger.BESIDE}" in nbformat.writes(notebook):
-        package += sorted(path for path in (book.root / ledger.BESIDE).rglob("*") if path.suffix in (".py", ".jsonl"))
-    for path in [*package, book.root / "constraints.txt", Path(__file__), Path(verification.__file__)]:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+        own += sorted(path for path in (book.root / ledger.BESIDE).rglob("*") if path.suffix in (".py", ".jsonl"))
+    code = [cell.source for _, cell in source.code_cells(notebook)]
+    code += [path.read_text(encoding="utf-8") for path in own if path.suffix == ".py"]
+    names = set().union(*map(foundations.imports, code))
+    below = foundations.loose_files(names, known=(ledger.PACKAGE, ledger.BESIDE))
+
+    contents = [*foundations.installed(), nbformat.writes(notebook), *trials(chapter, notebook)]
+    digest = hashlib.sha256("\n".join(contents).encode())
+    named = [(path.relative_to(book.root).as_posix(), path) for path in [*own, book.root / "constraints.txt"]]
+    named += [(path.name, path) for path in [*below, Path(__file__), Path(verification.__file__)]]
+    for name, path in named:
+        digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
@@ -85,7 +96,8 @@ def execute(book: Book, chapter: Chapter) -> Timing:
     nbformat.write(notebook, path)
     start = time.perf_counter()
     try:
-        result = NotebookRun(path, chapter.timeout_s).execute()
+        with _environment(MPLBACKEND=BACKEND):
+            result = NotebookRun(path, chapter.timeout_s).execute()
     except DeadKernelError:
         raise ChapterError(f"{chapter.slug}: the kernel died; is there enough memory?") from None
     total_s = time.perf_counter() - start
@@ -96,6 +108,7 @@ def execute(book: Book, chapter: Chapter) -> Timing:
 
     verifying_s = sum(_seconds(cell) for cell in executed.cells[own:])
     executed.cells = executed.cells[:own]
+    _must_show_its_figures(chapter, executed)
     for cell in executed.cells:
         cell.metadata.pop("execution", None)  # clock times: they differ from run to run
         if cell.cell_type == "code":
@@ -108,6 +121,33 @@ def execute(book: Book, chapter: Chapter) -> Timing:
     target.parent.mkdir(parents=True, exist_ok=True)
     path.replace(target)
     return Timing(total_s - verifying_s, verifying_s)
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Environment variables for the kernels that are started meanwhile."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
+
+
+def _must_show_its_figures(chapter: Chapter, notebook: NotebookNode) -> None:
+    """A figure's caption without its picture is no figure, though no cell failed."""
+    for number, cell in source.code_cells(notebook):
+        shown = {kind for output in cell.outputs for kind in output.get("data", {})}
+        if "figure" in cell.metadata.get("mystnb", {}) and not any(kind.startswith("image/") for kind in shown):
+            raise ChapterError(
+                f"{source.describe(chapter, number, cell)}: its metadata say mystnb.figure, and no picture came out of "
+                "it; does it end with plt.show(), and does nothing, in the chapter or in the settings of IPython, "
+                "choose another backend of matplotlib?"
+            )
 
 
 def _seconds(cell: NotebookNode) -> float:

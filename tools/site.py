@@ -141,10 +141,13 @@ def build(book: Book) -> Path:
 
 def main() -> int:
     try:
-        index = build(manifest.load())
+        book = manifest.load()
+        index = build(book)
     except (manifest.ManifestError, source.ChapterError, SiteError) as error:
         print(f"{error}\nThe site was not built; the last good one, if any, is untouched.", file=sys.stderr)
         return 1
+    for note in manifest.left_out(book):
+        print(note)
     print(f"\nThe book:  {index}")
     print("To search it, serve it:  python3 -m http.server -d out/html 8000, then open http://localhost:8000")
     print("Executed notebooks:  out/notebooks")

@@ -1,315 +1,400 @@
-"""What forward and backward passes tell about each layer (chapters 8 and 9).
+"""What was seen: which uses of a layer reached its gradient (chapters 8 and 9).
 
-One forward hook per layer reads the layer's input `x` and its pre-activation `h`; a tensor hook on `h` reads the
-gradient. Of both only the sum over samples and locations is kept: the secant pair of `H_g` is a difference of means,
-`O(d)` numbers per layer. Inputs are kept by reference.
+A use of a layer counts when, and only when, a backward that accumulates into the layer's weight reaches *that use*.
+One forward hook per layer notes the use; a tensor hook on the pre-activation `h` hears when backward comes by; and a
+hook on the weight, after its gradient was accumulated, makes the use count. So a forward that nobody differentiates, a
+gradient by the inputs, or an inner derivative of a penalty leave no trace, whichever part of a model was called. What
+entered a gradient that was cleared since, by whomever, is forgotten with it.
 
-A hook runs between two large products, after which the first call of an operation takes several times as long as in a
-loop. So a hook sums, and whatever else there is to do waits for the step.
+Which forward a use belongs to does not matter: see `statistics`.
+
+Until backward comes, the input belongs to the graph of its pass, as a saved tensor: it goes with the graph, and
+activation checkpointing drops and recomputes it as it does with all others. Afterwards it is kept until the step, thinned
+where its layer's factor can do with less, or where memory is the reason for what the user does: where micro-batches are
+accumulated, and where activations are recomputed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kfqn_core.layers import LayerView
+from kfqn_core.estimate.statistics import Record, Use, serials, thin
+from kfqn_core.layers import Call, Part
 from kfqn_core.parallel.ranks import Ranks
 
-
-@dataclass
-class Use:
-    """One call of a layer: its input, and what is known of its output.
-
-    `h_sum` and `g_sum` are `[groups, d_out]`, sums over samples and locations: of the pre-activation, and of the
-    gradient of the loss.
-    """
-
-    x: Tensor
-    T: int
-    h_sum: Tensor | None = None
-    g_sum: Tensor | None = None
-
-    @property
-    def samples(self) -> int:
-        return self.x.shape[0]
+FEW = 256  # input vectors that are kept of a layer where memory is short
+SMALL = 2**22  # entries of an input that is copied rather than trusted not to be written over
 
 
-@dataclass
-class Record:
-    """All uses of one layer since the last step, by forward pass.
+class Hooks:
+    """The hooks on all layers of a model, and what they have seen since `pop`.
 
-    Several uses in one pass (shared weights) are further locations of the same samples; several passes (accumulated
-    micro-batches) are further samples, each pass's loss being scaled so that the gradients add up to that of the mean.
-    All means are means over `ranks` too.
-    """
+    The modules know this object weakly, and only those that it was made for: neither a deleted optimizer nor a copy of
+    the model writes anywhere. Nothing of this package is in a pickle of the model. Copies and pickles of this object
+    hook themselves into the modules that were copied along.
 
-    view: LayerView
-    passes: list[list[Use]] = field(default_factory=list)
-    ranks: Ranks = field(default_factory=Ranks)
-
-    @property
-    def samples(self) -> int:
-        return sum(uses[0].samples for uses in self.passes)
-
-    @property
-    def T(self) -> float:
-        """Locations per sample on this rank (a mean, where passes differ)."""
-        return sum(use.samples * use.T for use in self._uses()) / self.samples
-
-    def thinned(self, rows: int) -> Record:
-        """The record of every k-th sample, with the smallest k that leaves about `rows` input vectors."""
-        every = max(1, round(self.samples * self.T / rows))
-        if every == 1:
-            return self
-        return replace(self, passes=[[Use(use.x[::every], use.T) for use in uses] for uses in self.passes])
-
-    def mean_input(self) -> Tensor:
-        """abar: mean of `a` over samples and locations, `[groups, d_in]`."""
-        uses = self._uses()
-        if len(uses) == 1:
-            return self.ranks.mean(self.view.mean_input(uses[0].x))
-        weights = [use.samples * use.T / (self.samples * self.T) for use in uses]
-        return self.ranks.mean(_total([w * self.view.mean_input(use.x) for w, use in zip(weights, uses, strict=True)]))
-
-    def mean_output(self) -> Tensor:
-        """hbar: mean of `h` over samples and locations, `[groups, d_out]`. ValueError if outputs were not captured."""
-        return self.ranks.mean(_total([_known(use.h_sum) for use in self._uses()]) / (self.samples * self.T))
-
-    def mean_gradient(self) -> Tensor:
-        """gbar: mean over samples and locations of the per-sample gradients `dl_i/dh`, `[groups, d_out]`.
-
-        The loss is a mean over samples, so that summing its gradient over them gives the mean per-sample gradient.
-        """
-        return self.ranks.mean(_total([_known(use.g_sum) for use in self._uses()]) / self.T)
-
-    def second_moment(self) -> Tensor:
-        """A: mean over samples of the sum over locations of `a a^T`, `[groups, d_in, d_in]`."""
-        return self._sum_over_uses(self.view.second_moment)
-
-    def activation_action(self, v: Tensor) -> Tensor:
-        """`A v` for `v` `[groups, d_in]` or `[groups, d_in, k]`, without forming `A`."""
-        return self._sum_over_uses(lambda x: self.view.activation_action(x, v))
-
-    def diagonal(self) -> Tensor:
-        """The diagonal of A, `[groups, d_in]`, without forming `A`."""
-        return self._sum_over_uses(self.view.diagonal)
-
-    def _uses(self) -> list[Use]:
-        return [use for uses in self.passes for use in uses]
-
-    def _sum_over_uses(self, statistic: Callable[[Tensor], Tensor]) -> Tensor:
-        """A mean over samples of a sum over locations, from its value on the input of each use."""
-        uses = self._uses()
-        if len(uses) == 1:
-            return self.ranks.mean(statistic(uses[0].x))
-        return self.ranks.mean(_total([use.samples / self.samples * statistic(use.x) for use in uses]))
-
-
-class Capture:
-    """Records of every layer in `layers` during training forwards of `model`.
-
-    While `watching`, a hook fires where gradients are enabled and the layer is in training mode, so evaluation leaves
-    no trace; nor does a pass that backward never reaches, or one that activation checkpointing repeats. Until
-    backward reaches it, a pass belongs to its graph and goes with it: several forwards may share one backward. The
-    hooks know this object weakly, and fire only for the module they were made for: neither a deleted optimizer nor a
-    copy of the model writes anywhere. Only where this object is copied or pickled together with the model do the copied
-    hooks work, for the copies; passes are left behind, as gradients are.
-
-    Under `torch.compile` a training forward that is watched leaves the graph at every layer, so that `fullgraph=True`
-    is for evaluation only. Inside a transform of `torch.func` nothing is recorded.
+    Under `torch.compile` a forward that is watched leaves the graph at every layer. Inside a transform of `torch.func`
+    nothing is seen.
 
     Args:
-        model: its forward marks the beginning of a pass.
-        layers: the layers to watch, by name, each with its view.
+        layers: by name, the module and which of its matrices (see `layers.parts`), each with the view that its
+            statistics are taken with.
         outputs: whether sums of `h` and of its gradient are wanted; without them only inputs are kept.
-
-    Attributes:
-        watching: while false, nothing is recorded but what `inputs_only` asks for.
+        ranks: told which processes run the layers.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, tuple[nn.Module, LayerView]], *, outputs: bool):
-        self.ranks = Ranks()
-        self._views = {name: view for name, (_, view) in layers.items()}
-        self.watching = True
-        self._outputs = outputs
-        self._always = False
-        self._start_graph = False
-        self._pass = _Pass()
-        self._finished: list[_Pass] = []
-        self._observe_eagerly = _eager(Capture._observe)
-        this = weakref.ref(self)
-        pass_hook = _PassHook(this, weakref.ref(model))
-        self._hooks: list[_Hook] = [pass_hook]
-        self._handles = [model.register_forward_pre_hook(pass_hook)]
-        for name, (module, _) in layers.items():
-            hook = _LayerHook(this, weakref.ref(module), name)
-            self._hooks.append(hook)
-            self._handles.append(module.register_forward_hook(hook))
+    def __init__(
+        self, layers: Mapping[str, tuple[nn.Module, Part]], *, outputs: bool, ranks: Ranks | None = None
+    ):  # fmt: skip
+        self.ranks = ranks or Ranks()
+        self._watches = {
+            name: Watch(module, part, outputs=outputs, ranks=self.ranks) for name, (module, part) in layers.items()
+        }
 
-    def __getstate__(self) -> dict[str, Any]:
-        state = vars(self) | {"_pass": _Pass(), "_finished": [], "_modules": [hook.module() for hook in self._hooks]}
-        del state["_observe_eagerly"]
-        return state
+    def __getitem__(self, name: str) -> Watch:
+        return self._watches[name]
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        modules = state.pop("_modules")
-        vars(self).update(state)
-        self.watching = True  # the first pass also tells which ranks there are
-        self._observe_eagerly = _eager(Capture._observe)
-        for hook, module in zip(self._hooks, modules, strict=True):
-            hook.capture, hook.module = weakref.ref(self), weakref.ref(module)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._watches)
+
+    def pop(self) -> dict[str, Record]:
+        """What was seen since the last call, by layer."""
+        records = {name: watch.pop() for name, watch in self._watches.items()}
+        return {name: record for name, record in records.items() if record is not None}
+
+    def clear(self) -> None:
+        """Forget what was seen."""
+        for watch in self._watches.values():
+            watch.clear()
 
     def remove(self) -> None:
         """Take every hook off the model."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._hooks.clear()
-        self.watching = True  # what is not seen is missed
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget the passes that backward has reached; one that is still on its way there lives in its graph."""
-        self._pass, self._finished = _Pass(), []
-
-    def take(self) -> dict[str, Record]:
-        """The records since the last step; the inputs they refer to are released once the caller drops them."""
-        records: dict[str, Record] = {}
-        ranks = Ranks() if self._always else self.ranks
-        for finished in [self._pass] if self._always else self._finished:
-            for name, uses in finished.uses.items():
-                record = records.setdefault(name, Record(self._views[name], ranks=ranks))
-                record.passes.append(uses)
-        self.clear()
-        return records
+        for watch in self._watches.values():
+            watch.remove()
 
     @contextmanager
     def inputs_only(self) -> Iterator[None]:
-        """Record inputs whatever the mode of the model, with gradients off, for means on this rank: the warm start."""
-        outputs, self._outputs, self._always = self._outputs, False, True
-        try:
+        """Every forward counts, with or without gradients: the warm start."""
+        with self._mode("inputs"):
             yield
-        finally:
-            self._outputs, self._always = outputs, False
 
     @contextmanager
-    def frozen_parameters(self) -> Iterator[None]:
-        """For a pass in which no parameter requires a gradient: the graph starts at the first layer's output."""
-        self._start_graph = True
+    def second_pass(self) -> Iterator[None]:
+        """For a pass in which no parameter requires a gradient: its graph starts at the first layer's output."""
+        with self._mode("second pass"):
+            yield
+
+    @contextmanager
+    def _mode(self, mode: str) -> Iterator[None]:
+        for watch in self._watches.values():
+            watch.clear()
+            watch.mode = mode
         try:
             yield
         finally:
-            self._start_graph = False
-
-    def _fires(self, module: nn.Module) -> bool:
-        return self._always or (self.watching and module.training and torch.is_grad_enabled())
-
-    def _observe(self, name: str, x: Tensor, h: Tensor) -> Tensor:
-        if torch._C._are_functorch_transforms_active():
-            return h  # per-sample gradients, Hessians: tensors that end with the transform
-        self.ranks.notice()
-        uses = self._pass.uses.setdefault(name, [])
-        if uses and torch._C._current_graph_task_id() != -1:
-            return h  # activation checkpointing runs the layer again during backward
-        use = Use(x.detach(), self._views[name].locations(x))
-        uses.append(use)
-        if self._always:
-            return h
-        if self._start_graph and not h.requires_grad:
-            h = h.requires_grad_().clone()  # a clone, because an in-place activation may not overwrite a leaf
-        view, current = self._views[name], self._pass
-        if self._outputs:
-            use.h_sum = view.sum_output(h.detach())
-
-        def on_gradient(grad: Tensor) -> None:
-            if not current.reached:
-                current.reached = True
-                self._finished.append(current)
-            if self._outputs:
-                g_sum = view.sum_output(grad)
-                use.g_sum = g_sum if use.g_sum is None else use.g_sum + g_sum  # several losses, several backwards
-
-        if h.requires_grad:
-            h.register_hook(on_gradient)
-        return h
+            for watch in self._watches.values():
+                watch.clear()
+                watch.mode = "gradient"
 
 
-@dataclass
-class _Pass:
-    """The uses of every layer in one forward pass, and whether backward reached one of them."""
+class Watch:
+    """One matrix of one module that is watched.
 
-    uses: dict[str, list[Use]] = field(default_factory=dict)
-    reached: bool = False
+    Attributes:
+        watching: while false, nothing is noted.
+        vectors: how many input vectors are kept at most; None keeps all, where memory is not short.
+        noticed: whether a forward was ever seen, with or without gradient.
+        empty: whether a forward without samples was seen since the last step.
+        gradient_size: norm of the weight's gradient as backward left it, if outputs are wanted.
+        error: what went wrong with the statistics last, if anything did; a user's forward and backward go on.
+        mode: `"gradient"`: uses count whose gradient reaches the weight. `"second pass"`: uses that backward reaches.
+            `"inputs"`: every forward.
+    """
 
+    # What keeps the tracer of torch.compile out costs more than the observation itself: only where there is one. Made
+    # when first needed: it costs a second at import.
+    observe_eagerly: Callable[..., Any] | None = None
 
-@dataclass
-class _Hook:
-    """What is registered on a module. A copy of it does nothing, until a capture that was copied along claims it."""
+    def __init__(self, module: nn.Module, part: Part, *, outputs: bool, ranks: Ranks):
+        self.vectors: int | None = None
+        self.part, self.outputs = part, outputs
+        self._module, self._ranks = module, ranks
+        self._register()
 
-    capture: Callable[[], Capture | None]
-    module: Callable[[], nn.Module | None]
-
-    def listener(self, module: nn.Module) -> Capture | None:
-        """The capture that wants to hear of this forward of `module`, if there is one."""
-        capture = self.capture()
-        if capture is None or module is not self.module() or not capture._fires(module):
-            return None
-        return capture
+    def _register(self) -> None:
+        self.watching, self.noticed, self.mode, self.error = True, False, "gradient", ""  # the first pass also tells which ranks there are
+        self.clear()
+        self._weight = self._module.get_parameter(self.part.weight)
+        if Watch.observe_eagerly is None:
+            Watch.observe_eagerly = staticmethod(torch.compiler.disable(Watch.observe))
+        this = weakref.ref(self)
+        handles = [
+            self._module.register_forward_hook(_ForwardHook(this), with_kwargs=True),
+            self._weight.register_post_accumulate_grad_hook(_AccumulatedHook(this)),
+        ]
+        self.remove = weakref.finalize(self, _remove, handles)  # at the latest when the optimizer is gone
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"capture": _gone, "module": _gone}
+        return {key: vars(self)[key] for key in ("vectors", "part", "outputs", "_module", "_ranks")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._register()
+
+    def clear(self) -> None:
+        """Forget what was seen; a pass that backward has yet to reach lives in its graph."""
+        self.empty = False
+        self._uses: list[Use] = []
+        self._reached: list[tuple[int, Use]] = []  # by a backward that has yet to come to the weight
+        self._captured: list[Use] = []  # by `autograd.grad` for the weight, which accumulates nothing
+        self._gradient: tuple[weakref.ref[Tensor], int] | None = None  # after the last accumulation, and its version
+        self._stale = self._thinned = False
+        self.gradient_size: Tensor | None = None
+
+    @property
+    def pending(self) -> bool:
+        """Whether something was seen that counts."""
+        return bool(self._uses or self._captured)
+
+    def pop(self) -> Record | None:
+        """What was seen since the last call; None if that is nothing. `empty` and `gradient_size` stay until the next."""
+        uses = self._uses
+        if not uses and self._captured and self._weight.grad is not None:
+            uses = self._captured  # gradients that were taken by autograd.grad, and assigned
+        size, empty = self.gradient_size, self.empty
+        self.clear()
+        self.gradient_size, self.empty = size, empty
+        for use in uses:
+            if use.x is not None and use.x._version != use.version:
+                use.x = None  # written over since
+        return Record(self.part.view, uses) if uses else None
+
+    def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Note a forward. Returns what is to replace the output, or None."""
+        if self._foreign(module):
+            return None
+        call = self.part.call(module, args, kwargs, output)
+        if call is None:
+            return None
+        self._ranks.notice()
+        self.noticed = True
+        if self.mode == "inputs":
+            self._count_forward(call)
+            return None
+        h, replacement = call.h, None
+        if self.mode == "second pass" and not h.requires_grad and h is output:
+            # The graph starts here; a clone, because an in-place activation may not overwrite a leaf.
+            h = replacement = h.requires_grad_().clone()
+        if not h.requires_grad or not (self._weight.requires_grad or self.mode == "second pass"):
+            return replacement
+        enclosing = torch._C._current_graph_task_id()  # of the backward that recomputes this forward, or -1
+        if enclosing == -1 and self.pending and not self._thinned:
+            # Another forward before the step: a micro-batch was accumulated. Its inputs make room for the next one's.
+            thin(self._uses + self._captured, FEW)
+            self._thinned = True
+        sight = _Sight(self, call, recomputed=enclosing != -1)
+        if sight.samples:
+            h.register_hook(sight)
+        else:
+            self.empty = True
+        return replacement
+
+    def _foreign(self, module: nn.Module) -> bool:
+        """Whether this is not the layer: a replica, other weights in its place, a per-sample gradient."""
+        owner, _, name = self.part.weight.rpartition(".")
+        weight = module.get_submodule(owner)._parameters.get(name)
+        return module is not self._module or weight is not self._weight or torch._C._are_functorch_transforms_active()
+
+    def _count_forward(self, call: Call) -> None:
+        if not isinstance(call.x, Tensor):
+            return
+        x = self.part.view.batched(call.x.detach())
+        if x.shape[0]:
+            self._uses.append(Use(x, self.part.view.locations(x), version=x._version))
+
+    def reached(self, sight: _Sight, grad: Tensor) -> None:
+        """Backward has come to a use: note it, and what the gradient is, until it has come to the weight."""
+        counts = self._counts()
+        if counts == "no":
+            return
+        self._stale = self._cleared()
+        last = sight.use and sight.use()
+        known = not self._stale and any(last is use for use in self._uses)  # an earlier backward has been here
+        if last is None or not known or counts == "captured":
+            use = sight.new_use(FEW if sight.recomputed else self.vectors)
+        else:
+            use = last
+        if self.outputs and sight.shows_h:
+            g_sum = self.part.view.sum_output(self.part.view.batched(grad))
+            use.g_sum = g_sum if use.g_sum is None else use.g_sum + g_sum  # several losses, several backwards
+        if counts == "captured":
+            self._captured.append(use)
+        elif use is not last:
+            sight.use = weakref.ref(use)  # weak: the graph, which owns the sight, may live for long
+            if self.mode == "second pass":
+                self._uses.append(use)
+            else:
+                self._reached.append((torch._C._current_graph_task_id(), use))
+
+    def _counts(self) -> str:
+        """Whether this backward accumulates into the weight: "yes", "no", or "captured" by `autograd.grad`."""
+        if self.mode == "second pass":
+            return "yes"
+        try:
+            node = torch.autograd.graph.get_gradient_edge(self._weight).node
+            return "yes" if torch._C._will_engine_execute_node(node) else "no"
+        except RuntimeError:
+            return "captured"
+
+    def _cleared(self) -> bool:
+        """Whether the gradient is no longer the one that the uses so far have entered."""
+        if self.mode == "second pass":
+            return False
+        grad = self._weight.grad
+        if grad is None or self._gradient is None:
+            return True
+        last, version = self._gradient
+        return last() is not grad or grad._version != version
+
+    def accumulated(self) -> None:
+        """The gradient of the weight is there: what this backward has reached counts."""
+        grad = self._weight.grad
+        if grad is None or not (self._reached or self.pending):
+            return
+        if self._stale or (self._gradient is not None and self._gradient[0]() is not grad):
+            self._uses.clear()
+            self._captured.clear()
+        task = torch._C._current_graph_task_id()
+        self._uses += [use for of_task, use in self._reached if of_task == task]
+        self._reached.clear()
+        self._stale = self._thinned = False
+        self._gradient = weakref.ref(grad), grad._version
+        if self.outputs:
+            self.gradient_size = torch.linalg.vector_norm(grad.detach())
 
 
-class _PassHook(_Hook):
-    """Model pre-hook: a new training pass begins."""
+class _Sight:
+    """A tensor hook on the `h` of one use, which hears of its gradient. The graph owns it, and through it the input."""
 
-    def __call__(self, model: nn.Module, args: object) -> None:
-        capture = self.listener(model)
-        if capture is not None:
-            capture._pass = _Pass()
+    def __init__(self, watch: Watch, call: Call, *, recomputed: bool):
+        view = watch.part.view
+        self.watch, self.view, self.shows_h, self.recomputed = weakref.ref(watch), view, call.shows_h, recomputed
+        self.serial = next(serials)
+        self.use: weakref.ref[Use] | None = None
+        self.h_sum: Tensor | None = None
+        self.input: Callable[[], Tensor] | None = None
+        self.from_data = False
+        self.samples = self.T = 1  # of an input that is known in backward only: until then
+        if isinstance(call.x, Tensor):
+            x = view.batched(call.x.detach())
+            self.samples = x.shape[0]
+            if self.samples == 0:
+                return
+            self.T = view.locations(x)
+            self.from_data = call.x.grad_fn is None
+            if watch.mode == "gradient":
+                self.input = _Saved.of(x)
+        elif watch.mode == "gradient":
+            self.input = call.x
+        if watch.outputs and call.shows_h:
+            self.h_sum = view.sum_output(view.batched(call.h.detach()))
+
+    def __call__(self, grad: Tensor) -> None:
+        watch = self.watch()
+        if watch is None:
+            return
+        try:
+            watch.reached(self, grad)
+        except Exception as error:  # whatever is wrong with the statistics, the user's backward goes on
+            watch.error = f"{type(error).__name__}: {error}"
+
+    def new_use(self, vectors: int | None) -> Use:
+        """The use, its input thinned to about `vectors`; without it if the input was written over since the forward."""
+        use = Use(None, self.T, self.samples, h_sum=self.h_sum, serial=self.serial)
+        if self.input is None:
+            return use
+        try:
+            x = self.input()
+        except RuntimeError:  # autograd's own check of versions
+            return use
+        if not isinstance(self.input, _Saved):
+            x = self.view.batched(x)
+            use.samples = x.shape[0]
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            self.input = None  # the graph is passed for the last time, and its other tensors are freed as well
+        use.x = x
+        if vectors is not None:
+            thin([use], vectors)
+        if self.from_data and use.each == 1 and x.numel() <= SMALL:
+            use.x = x.clone()  # a buffer of the user's, who may fill it again before the step
+        use.version = use.x._version
+        return use
 
 
-@dataclass
-class _LayerHook(_Hook):
-    """Layer hook: hand input and output of the module it was made for to the capture."""
+class _Saved:
+    """A tensor that the graph has saved, as it saves its own: dropped and recomputed by activation checkpointing."""
 
-    name: str
+    def __init__(self, node: Any):
+        self._node = node
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], h: Tensor) -> Tensor:
-        capture = self.listener(module)
-        if capture is None:
-            return h
-        # What keeps the tracer out costs more than the observation itself: only where there is a tracer.
-        observe = capture._observe_eagerly if torch.compiler.is_compiling() else Capture._observe
-        return observe(capture, self.name, args[0], h)
+    @classmethod
+    def of(cls, x: Tensor) -> _Saved:
+        return cls(_Save.apply(x, torch.empty(0, requires_grad=True)).grad_fn)
 
-
-def _gone() -> None:
-    """A weak reference that pickles: what it referred to is no more."""
+    def __call__(self) -> Tensor:
+        return self._node.saved_tensors[0]
 
 
-def _eager(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`function`, which `torch.compile` calls and does not trace. As a decorator it would cost a second at import."""
-    return torch.compiler.disable(function)
+class _Save(torch.autograd.Function):
+    """Saves its first argument; the second is there to have a node."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return anchor.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None
 
 
-def _total(values: list[Tensor]) -> Tensor:
-    total = values[0]
-    for value in values[1:]:
-        total = total + value
-    return total
+class _Hook:
+    """What is registered. Pickles and copies of it do nothing, and need nothing of this package."""
+
+    def __init__(self, watch: weakref.ref[Watch]):
+        self._watch = watch
+
+    def __reduce__(self) -> Any:
+        return getattr, (contextlib.nullcontext(), "__exit__")  # takes any arguments and returns None
 
 
-def _known(value: Tensor | None) -> Tensor:
-    if value is None:
-        raise ValueError(
-            "this pass holds no output or no gradient of the layer: backward must reach every layer that forward used"
-        )
-    return value
+class _ForwardHook(_Hook):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        watch = self._watch()
+        if watch is None or not (watch.mode == "inputs" or (watch.watching and torch.is_grad_enabled())):
+            return None
+        observe = Watch.observe_eagerly if torch.compiler.is_compiling() else Watch.observe
+        try:
+            return observe(watch, module, args, kwargs, output)
+        except Exception as error:  # whatever is wrong with the statistics, the user's forward goes on
+            watch.error = f"{type(error).__name__}: {error}"
+            return None
+
+
+class _AccumulatedHook(_Hook):
+    def __call__(self, weight: Tensor) -> None:
+        watch = self._watch()
+        if watch is not None:
+            watch.accumulated()
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()

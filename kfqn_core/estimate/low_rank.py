@@ -12,10 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kfqn_core.estimate.hooks import Record
-from kfqn_core.layers import LayerView
+from kfqn_core.estimate.activation import DECAY, EVERYWHERE, Sizes
+from kfqn_core.estimate.statistics import Statistics
+from kfqn_core.maths.columns import Columns
 
-DECAY = 0.9  # weight of the past in the running averages of A's action and of its diagonal
 POWER_ITERATIONS = 2  # at the start, from random directions
 ROWS = 4096  # input vectors (samples times locations) that an update looks at: more cost time and add little
 COMPLETION = 1e-4  # weight of the directions that complete the basis, relative to the norm of F
@@ -43,33 +43,34 @@ def nystroem(Q: Tensor, Y: Tensor) -> Tensor:
 
 
 class LowRankActivationFactor:
-    """`H_a = (F F^T + diag(max(d - |F|^2, 0)) + lambda_A I)^-1`, used as `factors.ActivationFactor` is.
+    """`H_a = (F F^T + diag(max(d - |F|^2, 0)) + lambda_A I)^-1`, used as `activation.ActivationFactor` is.
 
     One step of subspace iteration per update: `Y = A Q` for an orthonormal basis `Q` of the columns of `F`, with the
     mini-batch in a running average, and `F` from Nystroem's formula. The inverse is Woodbury's:
     `diag(e) - B B^T` with `e` the inverse of the diagonal part.
 
     Args:
-        view: the layer.
+        sizes: `groups` and `d_in` of the layer.
         damping: `lambda_A`; it may be changed between updates.
         rank: number of columns of `F`.
 
     Attributes:
-        F: `[groups, d_in, rank]`.  d: `[groups, d_in]`, running diagonal of `A`.
-        B: `[groups, d_in, rank]`.  e: `[groups, d_in]`; `H_a = diag(e) - B B^T`.
-        A: None, as for every factor that keeps no `A`.
-        started: whether `start` has been called; until then `H_a` is the identity.
+        F: `[groups, d_in, rank]`.
+        d: `[groups, d_in]`, running diagonal of `A`.
+        B: `[groups, d_in, rank]`.
+        e: `[groups, d_in]`; `H_a = diag(e) - B B^T`, the identity until `start`.
     """
 
-    A = None
+    every_step = False
 
-    def __init__(self, view: LayerView, damping: float, rank: int, *, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, sizes: Sizes, damping: float | Tensor, rank: int, *, dtype: torch.dtype, device: torch.device
+    ):  # fmt: skip
         self.damping = damping
-        self.F = torch.zeros(view.groups, view.d_in, rank, dtype=dtype, device=device)
+        self.F = torch.zeros(sizes.groups, sizes.d_in, rank, dtype=dtype, device=device)
         self.B = torch.zeros_like(self.F)
-        self.d = torch.zeros(view.groups, view.d_in, dtype=dtype, device=device)
+        self.d = torch.zeros(sizes.groups, sizes.d_in, dtype=dtype, device=device)
         self.e = torch.ones_like(self.d)
-        self.started = False
 
     @property
     def H(self) -> Tensor:
@@ -80,42 +81,52 @@ class LowRankActivationFactor:
         """Everything that lives from one step to the next, by name."""
         return {"F": self.F, "d": self.d, "B": self.B, "e": self.e}
 
-    def start(self, A: Tensor) -> None:
-        """From a formed `A` `[groups, d_in, d_in]`: the warm start. A non-finite `A` counts as zero."""
-        self._start(lambda V: A.to(V.dtype) @ V, A.diagonal(dim1=-2, dim2=-1))
-
-    def start_from(self, record: Record) -> None:
+    def start(self, statistics: Statistics, where: Tensor = EVERYWHERE) -> Tensor:
         """From the first mini-batch, without forming `A`."""
-        self._start(record.activation_action, record.diagonal())
+        return self._start(statistics.activation_action, statistics.diagonal(), where)
 
-    def _start(self, action: Callable[[Tensor], Tensor], diagonal: Tensor) -> None:
-        # The same directions on every machine and device, and nobody else's random numbers are touched.
-        generator = torch.Generator().manual_seed(0)
-        Q = torch.randn(self.F.shape, generator=generator, dtype=torch.float64).to(self.F)
+    def start_from(self, A: Tensor, where: Tensor = EVERYWHERE) -> Tensor:
+        """From a formed `A` `[groups, d_in, d_in]`."""
+        return self._start(lambda V: A.to(V.dtype) @ V, A.diagonal(dim1=-2, dim2=-1), where)
+
+    def _start(self, action: Callable[[Tensor], Tensor], diagonal: Tensor, where: Tensor) -> Tensor:
+        # The same directions in every layer, on every machine and device, and nobody else's random numbers are touched.
+        generator = torch.Generator("cpu").manual_seed(0)
+        shape = self.F.shape[-2:]
+        Q = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(self.F).expand_as(self.F)
         for _ in range(POWER_ITERATIONS):
             Q = torch.linalg.qr(torch.nan_to_num(action(torch.linalg.qr(Q).Q).to(Q.dtype))).Q
-        F, d = nystroem(Q, action(Q).to(Q.dtype)), diagonal.to(self.d.dtype)
-        finite = torch.isfinite(F).all() & torch.isfinite(d).all()
-        self.F.copy_(torch.where(finite, F, 0.0))
-        self.d.copy_(torch.where(finite, d, 0.0))
-        self._invert()
-        self.started = True
+        return self._take(nystroem(Q, action(Q).to(Q.dtype)), diagonal, where, 0.0)
 
-    def update(self, record: Record, finite: Tensor) -> None:
-        """One subspace iteration on the running `A`, where `finite` holds and the result is finite."""
+    def average(self, statistics: Statistics, where: Tensor = EVERYWHERE) -> None:
+        """Nothing: it learns when curvature is updated."""
+
+    def update(self, statistics: Statistics, where: Tensor = EVERYWHERE, decay: float = DECAY) -> None:
+        """One subspace iteration on the running `A`, where `where` holds and the result is finite."""
         Q = self._basis()
-        past = self.F @ (self.F.mT @ Q)
-        record = record.thinned(ROWS)
-        F = nystroem(Q, past.lerp(record.activation_action(Q).to(past.dtype), 1.0 - DECAY))
-        d = record.diagonal().to(self.d.dtype)
-        finite = finite & (torch.linalg.vector_norm(F) + torch.linalg.vector_norm(d) < torch.inf)
-        self.F.copy_(torch.where(finite, F, self.F))
-        self.d.lerp_(torch.where(finite, d, self.d), 1.0 - DECAY)
-        self._invert()
+        past = self.F @ (self.F.mT @ Q)  # [B, d_in, rank]
+        F = nystroem(Q, past.lerp(statistics.activation_action(Q).to(past.dtype), 1.0 - decay))
+        self._take(F, statistics.diagonal(), where, decay)
 
-    def precondition(self, M: Tensor) -> Tensor:
-        """`M H_a` for `M` `[groups, d_out, d_in]`."""
-        return (M * self.e[..., None, :]).baddbmm_(M @ self.B, self.B.mT, alpha=-1)
+    def _take(self, F: Tensor, d: Tensor, where: Tensor, decay: float) -> Tensor:
+        """`F`, and the running diagonal, where `where` holds and both are finite; returns where that was so."""
+        d = d.to(self.d.dtype)
+        size = torch.linalg.vector_norm(F, torch.inf, dim=(-2, -1)) + torch.linalg.vector_norm(d, torch.inf, dim=-1)
+        where = where & (size < torch.inf)  # [B]
+        self.F.copy_(torch.where(where.reshape(-1, 1, 1), F, self.F))
+        self.d.lerp_(torch.where(where.reshape(-1, 1), d, self.d), 1.0 - decay)
+        self._invert(where)
+        return where
+
+    def precondition(self, M: Columns) -> Columns:
+        """`M H_a = M diag(e) - (M B) B^T`, two products with a thin matrix."""
+        if M.b is None:
+            return Columns((M.W * self.e[:, None]).baddbmm_(M.W @ self.B, self.B.mT, alpha=-1), None)
+        B_w, B_b = self.B[:, :-1], self.B[:, -1:]  # [B, d, rank], [B, 1, rank]
+        scores = torch.baddbmm(M.b * B_b, M.W, B_w)  # M B, [B, d_out, rank]
+        W, b = M.scaled(self.e)
+        assert b is not None
+        return Columns(W.baddbmm_(scores, B_w.mT, alpha=-1), b.baddbmm_(scores, B_b.mT, alpha=-1))
 
     def _basis(self) -> Tensor:
         """An orthonormal basis of the columns of `F`, completed by waves where `F` has fewer than `rank` directions.
@@ -124,17 +135,17 @@ class LowRankActivationFactor:
         """
         n, rank = self.F.shape[-2:]
         at, half_periods = (torch.arange(0.5, k, dtype=self.F.dtype, device=self.F.device) for k in (n, rank))
-        waves = torch.cos(torch.outer(at, half_periods * (torch.pi / rank)))
+        waves = torch.cos(torch.outer(at, half_periods * (torch.pi / rank)))  # [n, rank]
         size = torch.linalg.vector_norm(self.F, dim=(-2, -1), keepdim=True)
         size = torch.where(size > 0, size, 1.0)
         return torch.linalg.qr(torch.addcmul(self.F, waves, size, value=COMPLETION / n**0.5)).Q
 
-    def _invert(self) -> None:
+    def _invert(self, where: Tensor) -> None:
         """Woodbury: `(E^-1 + F F^T)^-1 = E - E F (I + F^T E F)^-1 F^T E` with `E = diag(e)`."""
         e = torch.reciprocal((self.d - torch.linalg.vecdot(self.F, self.F)).clamp_min(0.0) + self.damping)
         EF = e[..., None] * self.F
         core = self.F.mT @ EF
         core.diagonal(dim1=-2, dim2=-1).add_(1.0)
         B = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(core).L.mT, EF, upper=True, left=False)
-        self.B.copy_(B)
-        self.e.copy_(e)
+        self.B.copy_(torch.where(where.reshape(-1, 1, 1), B, self.B))
+        self.e.copy_(torch.where(where.reshape(-1, 1), e, self.e))

@@ -79,22 +79,26 @@ class ConvView(LayerView):
         self._check_images(x, self._channels, self._smallest, "input")
         dtype = torch.promote_types(dtype_of_sums(x), v.dtype)
         V = v.reshape(self.groups, self.d_in, -1).to(dtype)
-        filters, bias = (V[:, :-1], V[:, -1].flatten()) if self.has_bias else (V, None)
-        few_positions = math.prod(self.kernel) <= self._channels // self.groups
-        if V.shape[-1] == 1 and few_positions and max(self.stride) == 1:
-            scores, total = self._scores_by_shifts(x.to(dtype), filters, bias)
-        else:
-            x = self._padded(x).to(dtype)
-            filters = filters.mT.reshape(-1, *self.weight_shape[1:])
-            zeros = [0] * len(self.kernel)
-            scores = torch.convolution(
-                x, filters, bias, self.stride, zeros, self.dilation, False, zeros, self.groups
-            )  # [N, groups * k, *T], every a . v
-            total = self._weight_gradient(x, scores)
+        V, bias = (V[:, :-1], V[:, -1].flatten()) if self.has_bias else (V, None)
+        scores, total = self._scores_and_total(x.to(dtype), V, bias)
         if self.has_bias:
             sums = scores.flatten(2).sum(dim=(0, 2)).reshape(self.groups, 1, -1)
             total = torch.cat([total, sums], dim=1)
         return (total / x.shape[0]).reshape(v.shape)
+
+    def _scores_and_total(self, x: Tensor, V: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`a . v` at all locations `[N, groups * k, *T]`, and the sum over them of patch times score `[groups, d, k]`.
+
+        For k vectors per group, `V` `[groups, d, k]` with their biases `[groups * k]`.
+        """
+        few_positions = math.prod(self.kernel) <= self._channels // self.groups
+        if V.shape[-1] == 1 and few_positions and max(self.stride) == 1:
+            return self._scores_by_shifts(x, V, bias)
+        x = self._padded(x)
+        filters = V.mT.reshape(-1, *self.weight_shape[1:])
+        zeros = [0] * len(self.kernel)
+        scores = torch.convolution(x, filters, bias, self.stride, zeros, self.dilation, False, zeros, self.groups)
+        return scores, self._weight_gradient(x, scores)
 
     def _scores_by_shifts(self, x: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """`a . v` at all locations `[N, groups, *T]`, and the sum over them of patch times score, `[groups, d, 1]`.

@@ -3,49 +3,66 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from kfqn_core.layers.view import LayerView, check_floating, dtype_of_sums
 
 
 class LinearView(LayerView):
-    """`nn.Linear`: one group; inputs `[N, d]`, or `[N, ..., d]` where the dimensions between are the locations."""
+    """`nn.Linear`, or any `h = W x + b` with a weight `[d_out, d]`: one group.
 
-    def __init__(self, layer: nn.Linear) -> None:
-        self.groups = 1
-        self.has_bias = layer.bias is not None
-        self.d_in = layer.in_features + self.has_bias
-        self.d_out = layer.out_features
-        self.weight_shape = (layer.out_features, layer.in_features)
+    Inputs are `[N, d]`, or `[N, ..., d]` where the dimensions between are the locations.
+    """
+
+    rows_are_samples = True
+
+    features: int
+
+    def __init__(self, layer: Any) -> None:
+        self._set_sizes(layer.weight, getattr(layer, "bias", None) is not None)
+
+    @classmethod
+    def of(cls, weight: Tensor, *, has_bias: bool) -> LinearView:
+        """The view of a matrix that is not a layer by itself."""
+        new = cls.__new__(cls)
+        new._set_sizes(weight, has_bias)
+        return new
+
+    def _set_sizes(self, weight: Tensor, has_bias: bool) -> None:
+        self.groups, self.has_bias = 1, has_bias
+        self.weight_shape = tuple(weight.shape)
+        self.d_out, self.features = self.weight_shape
+        self.d_in = self.features + has_bias
 
     def batched(self, x: Tensor) -> Tensor:
         return x.reshape(-1, x.shape[-1])  # [N, ..., d] -> [N T, d]; [d] -> [1, d]
 
     def locations(self, x: Tensor) -> int:
-        _check_rows(x, self.weight_shape[1], "input")
+        check_rows(x, self.features, "input")
         return math.prod(x.shape[1:-1])
 
     def inputs(self, x: Tensor) -> Tensor:
-        return _rows(x, self.weight_shape[1], "input")
+        return as_rows(x, self.features, "input")
 
     def outputs(self, h: Tensor) -> Tensor:
-        return _rows(h, self.d_out, "output")
+        return as_rows(h, self.d_out, "output")
 
     def sum_output(self, h: Tensor) -> Tensor:
-        _check_rows(h, self.d_out, "output")
+        check_rows(h, self.d_out, "output")
         return h.reshape(-1, self.d_out).sum(0, keepdim=True, dtype=dtype_of_sums(h))
 
     def mean_input(self, x: Tensor) -> Tensor:
-        _check_rows(x, self.weight_shape[1], "input")
+        check_rows(x, self.features, "input")
         mean = x.reshape(-1, x.shape[-1]).mean(0, keepdim=True, dtype=dtype_of_sums(x))
         return pad(mean, (0, 1), value=1.0) if self.has_bias else mean
 
     def activation_action(self, x: Tensor, v: Tensor) -> Tensor:
         self.check_vectors(v)
-        _check_rows(x, self.weight_shape[1], "input")
+        check_rows(x, self.features, "input")
         samples = x.shape[0]
         dtype = torch.promote_types(dtype_of_sums(x), v.dtype)
         rows, V = x.reshape(-1, x.shape[-1]).to(dtype), v.reshape(self.d_in, -1).to(dtype)
@@ -57,13 +74,31 @@ class LinearView(LayerView):
         return (rows.mT @ (rows @ V / samples)).view(v.shape)
 
 
-def _rows(x: Tensor, features: int, what: str) -> Tensor:
+class TransposedLinearView(LinearView):
+    """`h = x W + b` with a weight `[d, d_out]`, the transpose of what `nn.Linear` stores.
+
+    Hugging Face's `Conv1D` (GPT-2) is one. The matrix of the book is the weight's transpose, and nothing else changes.
+    """
+
+    def _set_sizes(self, weight: Tensor, has_bias: bool) -> None:
+        super()._set_sizes(weight, has_bias)
+        self.features, self.d_out = self.weight_shape
+        self.d_in = self.features + has_bias
+
+    def rows_of(self, weight: Tensor) -> Tensor:
+        return weight.mT.unsqueeze(0)  # [d, d_out] -> [1, d_out, d]
+
+    def weight_of(self, rows: Tensor) -> Tensor:
+        return rows.squeeze(0).mT  # [1, d_out, d] -> [d, d_out]
+
+
+def as_rows(x: Tensor, features: int, what: str) -> Tensor:
     """`[N, ..., features]` as `[N, 1, T, features]`."""
-    _check_rows(x, features, what)
+    check_rows(x, features, what)
     return x.reshape(x.shape[0], 1, math.prod(x.shape[1:-1]), features)
 
 
-def _check_rows(x: Tensor, features: int, what: str) -> None:
+def check_rows(x: Tensor, features: int, what: str) -> None:
     check_floating(x, what)
     if x.ndim < 2 or x.shape[-1] != features or x.numel() == 0:
         raise ValueError(

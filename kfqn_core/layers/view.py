@@ -16,9 +16,10 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 PATCH_ENTRIES = 2**24  # patches that `second_moment` holds at once: 64 MiB in float32
@@ -45,11 +46,20 @@ class Call:
     shows_h: bool = True
 
 
+def input_and_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call | None:
+    """The call of a layer whose first argument is its input and whose output is `h`; None for anything else."""
+    x = args[0] if args else kwargs.get("input", next(iter(kwargs.values()), None))
+    return Call(x, output) if isinstance(x, Tensor) and isinstance(output, Tensor) else None
+
+
 class LayerView(ABC):
     """A layer seen as `groups` independent maps `h = W a`, each `[d_out, d_in]`, applied at T locations.
 
     Attributes: `groups`; `d_in`, per group, counting the bias coordinate; `d_out`, per group; `has_bias`;
     `weight_shape`, as the layer stores it.
+
+    `rows_are_samples`: whether every input vector is a sample by itself to the optimizer, wherever it stands and however
+    often the layer is used; else the vectors of one pass that belong to one sample are its locations (see `batched`).
 
     Statistics are computed and returned in float32 at least: half-precision inputs are raised before anything is
     summed over samples, because curvature estimates need the digits.
@@ -60,9 +70,12 @@ class LayerView(ABC):
     d_out: int
     has_bias: bool
     weight_shape: tuple[int, ...]
+    rows_are_samples = False
+    diagonal_only = False
+    """A has nothing off its diagonal: one entry of every `a` at most is not zero."""
 
     def batched(self, x: Tensor) -> Tensor:
-        """`x` with its samples along axis 0: an unbatched sample becomes a batch of one.
+        """`x` with its samples along axis 0: an unbatched sample becomes a batch of one. Takes outputs as well.
 
         The rows that a fully connected layer sees are samples, each by itself, whatever the axes they are arranged in:
         `[N, T, d]`, `[T, N, d]` and `[N T, d]` are the same batch to the optimizer, and its damping the same. (The
@@ -140,12 +153,16 @@ class LayerView(ABC):
     def rows_of(self, weight: Tensor) -> Tensor:
         """`W` without its bias column, `[groups, d_out, d_in - has_bias]`, from a tensor shaped like the weight.
 
-        A view of it. Kinds that store their weight in another order replace this and `weight_of`.
+        A view of it where strides can say so, else a copy (transposed convolutions): read it, and write through
+        neither. Kinds that store their weight in another order replace this and `weight_of`.
         """
         return weight.reshape(self.groups, self.d_out, -1)
 
     def weight_of(self, rows: Tensor) -> Tensor:
-        """The opposite of `rows_of`: a view shaped like the weight, from `[groups, d_out, d_in - has_bias]`."""
+        """The opposite of `rows_of`: shaped like the weight, from `[groups, d_out, d_in - has_bias]`.
+
+        A view; but a copy for transposed convolutions with groups, whose order no strides can say.
+        """
         return rows.reshape(self.weight_shape)
 
     def to_matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -190,6 +207,24 @@ class LayerView(ABC):
                 "one more dimension for several vectors; "
                 + ("the last entry belongs to the bias" if self.has_bias else "the layer has no bias coordinate")
             )
+
+
+@dataclass(frozen=True)
+class Part:
+    """One matrix `[W | b]` of a module; most modules are one.
+
+    Attributes:
+        name: `""` where the module is one matrix, else what distinguishes this one (`"in_proj"`).
+        view: the matrix as `h = W a`.
+        weight, bias: its parameters, as dotted names below the module; `bias` is None if there is none.
+        call: from `(module, args, kwargs, output)` of a forward to what it showed, or None if it showed nothing.
+    """
+
+    name: str
+    view: LayerView
+    weight: str = "weight"
+    bias: str | None = "bias"
+    call: Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Call | None] = input_and_output
 
 
 def check_floating(x: Tensor, what: str) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 
 def bfgs_inverse_update(H: Tensor, s: Tensor, y: Tensor) -> Tensor:
@@ -18,21 +17,18 @@ def bfgs_inverse_update(H: Tensor, s: Tensor, y: Tensor) -> Tensor:
 
     H+ = (I - rho s y^T) H (I - rho y s^T) + rho s s^T with rho = 1 / s^T y (chapter 2; Nocedal & Wright, eq. 6.17).
 
-    Parameters
-    ----------
-    H : `[..., n, n]`, symmetric; of a slightly unsymmetric `H` the symmetric part is used. It is not changed.
-    s, y : `[..., n]`, the step and the change of the gradient, with the leading dimensions of `H`.
+    Args:
+        H: `[..., n, n]`, symmetric; of a slightly unsymmetric `H` the symmetric part is used. It is not changed.
+        s, y: `[..., n]`, the step and the change of the gradient, with the leading dimensions of `H`.
 
-    Returns
-    -------
-    `H+`, `[..., n, n]`. Eagerly computed it equals its own transpose bit for bit; a compiler that fuses multiplications
+    Returns:
+        `H+`, `[..., n, n]`. Eagerly computed it equals its own transpose bit for bit; a compiler that fuses multiplications
     into additions may leave a rounding error. For a positive definite `H`, `H+` is positive definite if and only if
     `s^T y > 0`. That is **not checked**, since a check would wait for the device: the caller damps the pair, or drops
     `H+` with `torch.where`. For `s^T y = 0` the entries are infinite or NaN.
 
-    Raises
-    ------
-    TypeError, ValueError : for tensors whose dtypes or shapes do not fit together.
+    Raises:
+        TypeError, ValueError: for tensors whose dtypes or shapes do not fit together.
     """
     _check_update(H, s, y)
     H = (H + H.mT) / 2
@@ -41,75 +37,39 @@ def bfgs_inverse_update(H: Tensor, s: Tensor, y: Tensor) -> Tensor:
     return H + (half + half.mT)
 
 
-def bfgs_inverse_update_(Hs: Sequence[Tensor], S: Tensor, Y: Tensor, keep: Tensor) -> None:
-    """`bfgs_inverse_update` in place, of several matrices: each becomes its `H+` where `keep` holds and `H+` is finite.
+def bfgs_inverse_update_(H: Tensor, s: Tensor, y: Tensor, keep: Tensor) -> None:
+    """`bfgs_inverse_update` in place: each matrix becomes its `H+` where `keep` holds and `H+` is finite.
 
-    A model has many small factors, and what is done to the vectors of one takes a dozen small kernels. So those of all
-    are the rows of one tensor, padded with zeros, which changes no product. Only what reads a matrix is done one by
-    one: `H y`, and the change of H as a difference of two squares, `p p^T - q q^T`. H is read three times and written
-    twice, where the plain form passes ten times over it.
+    The change of H is a difference of two squares, `p p^T - q q^T`, so that H is read three times and written twice,
+    where the plain form passes ten times over it. A symmetric H stays symmetric **to the last bit**, since `p_i p_j`
+    is `p_j p_i`. It has to: of an H that is not symmetric `H y` is not the gradient of `y^T H y / 2`, and nothing would
+    ever take the difference away.
 
-    A symmetric H stays symmetric **to the last bit**, since `p_i p_j` is `p_j p_i`. It has to: of an H that is not
-    symmetric `H y` is not the gradient of `y^T H y / 2`, and nothing would ever take the difference away.
+    Args:
+        H: `[..., n, n]`, symmetric; changed in place.
+        s, y: `[..., n]`, the pairs. One that is not kept may hold anything, NaN included.
+        keep: bool, `[...]`.
 
-    Parameters
-    ----------
-    Hs : each `[g, n, n]`, with its own g and n, symmetric.
-    S, Y : `[total g, largest n]`, the pairs in the order of `Hs`, zero behind their own n entries.
-    keep : bool, `[total g]`.
-
-    Raises
-    ------
-    TypeError, ValueError : for tensors whose dtypes or shapes do not fit together.
+    Raises:
+        TypeError, ValueError: for tensors whose dtypes or shapes do not fit together.
     """
-    _check_updates(Hs, S, Y)
-    products, traces = [], []
-    for H, y in zip(Hs, row_blocks(Y.unsqueeze(-1), Hs), strict=True):
-        products.append(torch.bmm(H, y))
-        traces.append(H.diagonal(dim1=-2, dim2=-1).sum(-1))  # while the product has H at hand
-    Hy = stacked_rows(products).squeeze(-1)
+    _check_update(H, s, y)
+    Hy = (H @ y.unsqueeze(-1)).squeeze(-1)  # [..., n]
+    trace = H.diagonal(dim1=-2, dim2=-1).sum(-1)  # [...]
     # l r^T + r l^T = p p^T - q q^T, with l and r brought to the same length, or the difference would lose digits.
-    pair = torch.stack(_rank_two(Hy, S, Y))
+    pair = torch.stack(_rank_two(Hy, s, y))  # [2, ..., n]
     # Lengths by the largest entry, as squares may overflow where H+ does not. With l = 0 there is nothing to add: it
     # gives NaN, and nothing is added.
     roots = pair.abs().amax(-1, keepdim=True).sqrt_()
     left, right = pair * (roots.flip(0) / roots)
-    squared = torch.stack([left + right, left - right]) * math.sqrt(0.5)
+    squared = torch.stack([left + right, left - right]).mul_(math.sqrt(0.5))  # [2, ..., n]: p, q
     # No entry of a positive definite matrix exceeds its trace, and none of p p^T the square of p's largest entry:
     # whether H+ is finite is known without looking at it. (No comparison holds for NaN.)
-    largest = squared.abs().amax((0, -1)).square()
-    keep = (keep & (2 * largest + torch.cat(traces) < torch.inf)).unsqueeze(-1)
-    squared = torch.where(keep, squared, 0.0).unsqueeze(-1)
-    for H, p, q in zip(Hs, *(row_blocks(rows, Hs) for rows in squared), strict=True):
-        H.addcmul_(p, p.mT)
-        H.addcmul_(q, q.mT, value=-1.0)
-
-
-# Vectors of several layers share a tensor as its rows. Where every layer has one row, as most have, cutting it up and
-# putting it together are one call each: a call for every layer took longer than the arithmetic in between.
-
-
-def row_blocks(X: Tensor, owners: Sequence[Tensor]) -> list[Tensor]:
-    """The rows of `X` `[total g, largest n, ...]` that belong to each owner `[g, ..., n]`, as views `[g, n, ...]`."""
-    if X.is_contiguous() and all(owner.shape[0] == 1 for owner in owners):
-        lengths = [owner.shape[-1] for owner in owners]
-        pieces = [size for n in lengths for size in (n, X.shape[1] - n)]
-        return list(X.flatten(0, 1).unsqueeze(0).split(pieces, dim=1)[::2])
-    blocks = X.split([owner.shape[0] for owner in owners])
-    return [block.narrow(1, 0, owner.shape[-1]) for block, owner in zip(blocks, owners, strict=True)]
-
-
-def stacked_rows(blocks: Sequence[Tensor]) -> Tensor:
-    """The opposite of `row_blocks`: blocks `[g, n, ...]` as a new `[total g, largest n, ...]`, padded with zeros."""
-    longest = max(block.shape[1] for block in blocks)
-    gaps = [longest - block.shape[1] for block in blocks]
-    if any(block.shape[0] > 1 for block in blocks):
-        behind = [0, 0] * (blocks[0].dim() - 2)
-        padded = (pad(block, (*behind, 0, gap)) if gap else block for block, gap in zip(blocks, gaps, strict=True))
-        return torch.cat(list(padded))
-    zeros = blocks[0].new_zeros(1, sum(gaps), *blocks[0].shape[2:]).split(gaps, dim=1)
-    flat = torch.cat([piece for pieces in zip(blocks, zeros, strict=True) for piece in pieces], dim=1)
-    return flat.unflatten(1, (len(blocks), longest)).squeeze(0)
+    largest = squared.abs().amax((0, -1)).square_()  # [...]
+    keep = (keep & (2 * largest + trace < torch.inf)).unsqueeze(-1)
+    p, q = torch.where(keep, squared, 0.0).unsqueeze(-1)  # [..., n, 1] each
+    H.addcmul_(p, p.mT)
+    H.addcmul_(q, q.mT, value=-1.0)
 
 
 class LimitedMemoryInverse:
@@ -123,16 +83,17 @@ class LimitedMemoryInverse:
     The state has fixed shapes and changes in place, and nothing is counted on the host: a CUDA graph can replay
     `append` and `apply`. Without a pair, `H = gamma I`.
 
-    Parameters
-    ----------
-    size : length n of the vectors.  memory : number of pairs kept.  gamma : positive scale of the initial matrix.
-    batch : leading dimensions, one independent estimate per entry.  dtype, device : of the state, as in `torch.zeros`.
+    Args:
+        size: length n of the vectors.
+        memory: number of pairs kept.
+        gamma: positive scale of the initial matrix.
+        batch: leading dimensions, one independent estimate per entry.
+        dtype, device: of the state, as in `torch.zeros`.
 
-    Attributes
-    ----------
-    S, Y : `[*batch, memory, size]`, oldest pair first; slots not yet filled are zero rows at the front.
-    R_inv : `[*batch, memory, memory]`, the inverse of `R`, with the identity on empty slots.
-    gamma : as given; it may be set to another positive number at any time, since only `apply` reads it.
+    Attributes:
+        S, Y: `[*batch, memory, size]`, oldest pair first; slots not yet filled are zero rows at the front.
+        R_inv: `[*batch, memory, memory]`, the inverse of `R`, with the identity on empty slots.
+        gamma: as given; it may be set to another positive number at any time, since only `apply` reads it.
     """
 
     def __init__(
@@ -221,18 +182,6 @@ def _check_update(H: Tensor, s: Tensor, y: Tensor) -> None:
         )
     if H.dtype != s.dtype:
         raise TypeError(f"H and the pair must share a dtype, got {H.dtype} and {s.dtype}; convert the pair")
-
-
-def _check_updates(Hs: Sequence[Tensor], S: Tensor, Y: Tensor) -> None:
-    _check_pair(S, Y)
-    rows = (sum(H.shape[0] for H in Hs), max(H.shape[-1] for H in Hs))
-    if S.shape != rows or any(H.dim() != 3 or H.shape[-1] != H.shape[-2] for H in Hs):
-        raise ValueError(
-            f"each H must be [g, n, n] and the pairs [total g, largest n] = {list(rows)}, got H "
-            f"{[list(H.shape) for H in Hs]} and pairs {list(S.shape)}; pad shorter pairs with zeros"
-        )
-    if any(H.dtype != S.dtype for H in Hs):
-        raise TypeError(f"every H and the pairs must share a dtype, got {[H.dtype for H in Hs]} and {S.dtype}")
 
 
 def _check_pair(s: Tensor, y: Tensor) -> None:

@@ -10,25 +10,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 class Ranks:
-    """The processes that train one model; a process alone until it has run a layer under `DistributedDataParallel`.
+    """The processes that train one model: those of `group`, or of the `DistributedDataParallel` that runs its layers.
 
     The wrapper is noticed when it runs: the optimizer may know it or the module inside, made before or after. Ranks
     count alike, as they do in the averaged gradient, whatever number of samples each has seen. A copy or a pickle is
     alone again until it runs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, group: ProcessGroup | None = None) -> None:
+        self._given = group
         self._wrapper: DistributedDataParallel | None = None
 
     def __getstate__(self) -> dict[str, None]:
-        return {"_wrapper": None}
+        return {"_given": None, "_wrapper": None}
+
+    @property
+    def group(self) -> ProcessGroup | None:
+        """The processes that train this model, as far as is known."""
+        return self._given if self._wrapper is None else self._wrapper.process_group
 
     def notice(self) -> None:
         """To be called inside a forward: remember the wrapper that runs it, if one does."""
@@ -36,28 +46,38 @@ class Ranks:
         if wrapper is not None:
             self._wrapper = wrapper
 
-    def require_acquaintance(self) -> None:
-        """Raises RuntimeError if there are other processes and no forward has shown whether they train this model."""
-        if self._wrapper is None and torch.distributed.is_available() and torch.distributed.is_initialized():
+    def require_group(self) -> None:
+        """Raises RuntimeError if there are other processes and nothing has told whether they train this model."""
+        if self.group is None and torch.distributed.is_available() and torch.distributed.is_initialized():
             size = torch.distributed.get_world_size()
             if size > 1:
                 raise RuntimeError(
-                    f"this is one of {size} processes, and nothing tells yet whether they train one model: give KFQN "
-                    "the wrapped model, KFQN(DistributedDataParallel(model)), before the warm start"
+                    f"this is one of {size} processes, and nothing tells whether they train one model: wrap it in "
+                    "DistributedDataParallel, or say KFQN(model, process_group=...) with the processes that average its "
+                    "gradients (a group of this process alone, if nobody else does)"
                 )
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return 1 if self.group is None else torch.distributed.get_world_size(self.group)
 
     @property
     def alone(self) -> bool:
         """Whether there is nobody to agree with."""
-        return self._wrapper is None or self._wrapper.process_group.size() == 1
+        return self.group is None or self.size == 1
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of `value` over ranks, the same bits on each. Every rank must call it, in the same order."""
+        if self.alone:
+            return value
+        total = value.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=self.group)
+        return total
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of `value` over ranks, the same bits on each. Every rank must call it, in the same order."""
-        if self._wrapper is None or self.alone:
-            return value
-        total = value.clone(memory_format=torch.contiguous_format)
-        torch.distributed.all_reduce(total, group=self._wrapper.process_group)
-        return total / self._wrapper.process_group.size()
+        return value if self.alone else self.sum(value) / self.size
 
     def all(self, flag: Tensor) -> Tensor:
         """Whether the boolean scalar `flag` holds on every rank."""

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import copy
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from kfqn_core.training.groups import Layer
 from kfqn_core.training.optimizer import KFQN
-from kfqn_core.training.second_pass import cuda_devices, restored
+from kfqn_core.training.plan import adam_bytes
+from kfqn_core.training.preserve import cuda_devices, restored, run_on
+from kfqn_core.training.report import summary
+from kfqn_core.training.second_pass import leaves_of
+from kfqn_core.training.selection import Selected
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Description:
-    """What the optimizer will do with each parameter of a model; printed as a table."""
+    """What the optimizer will do with each parameter of a model; printed as a table, coverage first."""
 
+    summary: str
     rows: tuple[Row, ...]
     adam_bytes: int
 
@@ -49,63 +54,86 @@ class Description:
         table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
                  for line in (header, *lines)]  # fmt: skip
         ratio = self.state_bytes / self.adam_bytes
-        return "\n".join([*table, f"state {_bytes(self.state_bytes)}, {ratio:.2f} of Adam's"])
+        return "\n".join([self.summary, *table, f"state {_bytes(self.state_bytes)}, {ratio:.2f} of Adam's"])
 
 
-def describe(model: nn.Module, example: Tensor | None = None, **options: Any) -> Description:
-    """What `KFQN(model, lr, **options)` would do with each parameter.
+class _OnPaper(KFQN):
+    """The optimizer with a state that has shapes and no memory, and without hooks."""
+
+    _device = torch.device("meta")
+
+
+def describe(model: nn.Module, example: Any = None, **options: Any) -> Description:
+    """What `KFQN(model, **options)` would do with each parameter.
 
     Args:
         model: any module; it is not changed.
-        example: a mini-batch of model inputs. With it the table says how many locations T each layer has.
+        example: a mini-batch of model inputs: a tensor, a tuple of positional arguments, or a dict of keywords. With it
+            the table says at how many places T each layer acts in one sample (of a sequence all positions, each of
+            which counts as a sample when it trains), and which layers another part of the model uses behind
+            their back.
         options: those of `KFQN`, for instance `**presets.KBFGS_2020`.
 
     Returns:
         A `Description`; `print` it. State bytes are those that the optimizer will hold.
 
     Raises:
-        ValueError: as `KFQN` does.
+        ValueError, TypeError: as `KFQN` does.
     """
-    # A copy whose parameters have shapes and no memory: the optimizer itself says what it would allocate.
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()
-    }
-    optimizer = KFQN(copy.deepcopy(model, memo), **options)
-    names = {id(memo[id(p)]): name for name, p in model.named_parameters()}
-    locations = {} if example is None else _locations(model, optimizer.layers, example)
-    rows = []
-    for name, layer in optimizer.layers.items():
-        tensors = layer.tensors()
-        factors = ", ".join(f"{key} {'x'.join(map(str, t.shape[1:]))}" for key, t in tensors.items() if key != "M")
-        shape = (layer.view.d_out, layer.view.d_in)
-        rows.append(Row(name, "Kronecker", shape, locations.get(name), factors, _size(tensors.values())))
-    for p in (p for group in optimizer.param_groups[1:] for p in group["params"]):
-        kind = "Adam" if "exp_avg" in optimizer.state[p] else "momentum"
-        rows.append(Row(names[id(p)], kind, tuple(p.shape), None, "-", _size(optimizer.state[p].values())))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the table says it
+        optimizer = _OnPaper(model, **options)
+    locations: dict[str, int] = {}
+    if example is not None:
+        locations, behind = _look(model, optimizer, example)
+        optimizer.leave(behind)
+    names = {id(p): name for name, p in model.named_parameters()}
+    plan, rows = optimizer.plan, []
+    for name, (group, i) in plan.places.items():
+        weight, bias = group.state(i)
+        tensors = group.tensors()
+        factors = ", ".join(f"{key} {'x'.join(map(str, t.shape[1:]))}" for key, t in tensors.items())
+        view = group.layers[i].view
+        size = _size((*weight.values(), *bias.values()))
+        rows.append(Row(name, "Kronecker", (view.d_out, view.d_in), locations.get(name), factors, size))
+    for p in (p for params in plan.rest for p in params):
+        state = optimizer.state[p]
+        kind = "Adam" if "exp_avg" in state else "momentum"
+        rows.append(Row(names.get(id(p), "-"), kind, tuple(p.shape), None, "-", _size(state.values())))
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
-        if not p.requires_grad:
-            rows.append(Row(name, "frozen", tuple(p.shape), None, "-", 0))
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    return Description(tuple(rows), 2 * _size(trainable))
+        if not p.requires_grad or id(p) not in held:
+            rows.append(Row(name, "left out" if p.requires_grad else "frozen", tuple(p.shape), None, "-", 0))
+    moving = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    return Description(summary(plan, optimizer.fallback), tuple(rows), adam_bytes(moving))
 
 
-def _locations(model: nn.Module, layers: dict[str, Layer], example: Tensor) -> dict[str, int]:
-    seen: dict[str, int] = {}
+def _look(model: nn.Module, optimizer: KFQN, example: Any) -> tuple[dict[str, int], list[str]]:
+    """T of every layer that runs in `model(example)`; and those whose weight is used without their forward."""
+    layers = {name: optimizer.plan.layer(name) for name in optimizer.plan.places}
+    noticed, locations = set(), {}
 
-    def watch(name: str, layer: Layer) -> Any:
-        def hook(module: nn.Module, args: object, h: Tensor) -> None:
-            seen[name] = layer.view.outputs(h).shape[2]
+    def watch(name: str, layer: Selected) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            call = layer.part.call(module, args, kwargs, output)
+            if call is not None:
+                noticed.add(name)
+                if isinstance(call.x, Tensor) and call.x.numel():
+                    x = call.x if layer.view.rows_are_samples and call.x.dim() > 1 else layer.view.batched(call.x)
+                    locations[name] = layer.view.locations(x)
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(watch(name, layer)) for name, layer in layers.items()]
+    handles = [layer.module.register_forward_hook(watch(n, layer), with_kwargs=True) for n, layer in layers.items()]
     try:
-        with torch.no_grad(), restored(model, cuda_devices(list(model.parameters()))):
-            model(example)
+        with restored(model, cuda_devices(model.parameters())), torch.enable_grad():
+            output = run_on(model, example)
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    used = {id(leaf) for tensor in tree_leaves(output) if isinstance(tensor, Tensor) for leaf in leaves_of(tensor)}
+    behind = [name for name, layer in layers.items() if id(layer.weight) in used and name not in noticed]
+    return locations, behind
 
 
 def _size(tensors: Iterable[Tensor]) -> int:

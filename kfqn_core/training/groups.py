@@ -1,258 +1,407 @@
-"""The update of one layer, and which layers of a model get one (chapter 8)."""
+"""Layers of one shape as one tensor: average, direction, length and move of all of them at once (chapter 8).
+
+A group holds L layers whose matrices `[W | b]` are `[groups, d_out, d_in]` alike. Their momenta, factors and pairs lie
+side by side along axis 0, `B = L groups`, so that a step costs a few operations for each shape and not for each layer.
+The bias column lies apart (`maths.columns`). `plain_step` is the same step of one layer, as the formulas say it.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kfqn_core.estimate.hooks import Record
-from kfqn_core.estimate.inverses import ActivationFactor, Change, ExactActivationFactor, GradientFactor, Pair
+from kfqn_core.estimate.activation import (
+    Activation,
+    ActivationFactor,
+    DiagonalActivationFactor,
+    ExactActivationFactor,
+)
+from kfqn_core.estimate.gradient import GradientFactor
+from kfqn_core.estimate.inverses import DenseInverse
 from kfqn_core.estimate.low_rank import LowRankActivationFactor
-from kfqn_core.layers import LayerView, UnsupportedLayer, view
+from kfqn_core.estimate.statistics import Batch, Record
+from kfqn_core.layers import LayerView
+from kfqn_core.maths.columns import Columns
+from kfqn_core.maths.secant import LimitedMemoryInverse
+from kfqn_core.parallel.ranks import Ranks
+from kfqn_core.training.answer import Answer
+from kfqn_core.training.length import divisors
+from kfqn_core.training.options import Options
+from kfqn_core.training.selection import Selected, dtype_of_factors
 
-# Inputs of the widest layer that "auto" gives a matrix: M H_a costs d_in / (3 N T) of a forward and backward pass, more
-# than the pass itself in wide layers with small mini-batches.
-WIDEST = 512
 
+def plain_step(
+    W: Tensor, M: Tensor, G: Tensor, H_a: Tensor, H_g: Tensor | None, *,
+    lr: float, momentum: float, weight_decay: float, length: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One step of one layer, without a trick: the new `W` and `M`.
 
-@dataclass
-class Layer:
-    """A curvature layer: its parameters, the momentum of their gradient, and the two factors.
-
-    `M` is `[groups, d_out, d_in]`, the momentum of the gradient matrix; `gradient` is None where `H_g` is the identity.
-    `h_last` and `g_last` are `[groups, d_out]`, the means of the previous mini-batch where pairs come from consecutive
-    ones, else None; NaN until a first one was seen.
+    Args:
+        W, M, G: `[W | b]`, its momentum and its gradient, `[groups, d_out, d_in]`.
+        H_a, H_g: the factors, `[groups, d_in, d_in]` and `[groups, d_out, d_out]`, or None for the identity.
+        lr, momentum, weight_decay: of the parameter group; the decay is coupled.
+        length: one of the plain forms in `length`.
     """
-
-    name: str
-    view: LayerView
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-    M: Tensor
-    activation: ActivationFactor | LowRankActivationFactor
-    gradient: GradientFactor | None
-    h_last: Tensor | None
-    g_last: Tensor | None
-    damping: float
-    damping_split: str
-    _momenta: list[Tensor] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self._momenta = self.parts(self.M)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # The views of M are made anew: unpickled ones would have memory of their own.
-        return {key: value for key, value in vars(self).items() if key != "_momenta"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._momenta = self.parts(self.M)
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """The weight, and the bias if there is one."""
-        return [self.weight] if self.bias is None else [self.weight, self.bias]
-
-    def parts(self, W: Tensor) -> list[Tensor]:
-        """Views of `W` `[groups, d_out, d_in]`, one for each of `parameters` and shaped like it."""
-        return [part for part in self.view.from_matrix(W) if part is not None]
-
-    @classmethod
-    def build(
-        cls,
-        name: str,
-        module: nn.Module,
-        layer_view: LayerView,
-        *,
-        damping: float,
-        damping_split: str,
-        pairs: str | None,
-        activation_factor: str,
-        rank: int,
-        activation_decay: float | None,
-        memory: int | None,
-        pair_damping: str,
-        pair_momentum: float,
-        mu1: float,
-    ) -> Layer:
-        """Allocate the state of one layer beside its weight, in float32 at least.
-
-        The options are those of `KFQN`, but for `"auto"`, which is decided over all layers (`activation_factors`).
-        """
-        weight, bias = module.weight, module.bias
-        assert isinstance(weight, nn.Parameter)
-        assert bias is None or isinstance(bias, nn.Parameter)
-        like: dict[str, Any] = {
-            "dtype": torch.promote_types(weight.dtype, torch.float32),
-            "device": weight.device,
-        }
-        M = torch.zeros(layer_view.groups, layer_view.d_out, layer_view.d_in, **like)
-        activation: ActivationFactor | LowRankActivationFactor
-        if activation_factor == "low_rank" and 2 * rank < layer_view.d_in:  # elsewhere a matrix is smaller
-            activation = LowRankActivationFactor(layer_view, damping, rank, **like)
-        else:
-            kind = ExactActivationFactor if activation_factor == "inverse" else ActivationFactor
-            activation = kind(layer_view, damping, activation_decay, **like)
-        gradient = h_last = g_last = None
-        if pairs is not None:
-            gradient = GradientFactor(
-                layer_view, damping, memory,
-                pair_damping=pair_damping, pair_momentum=pair_momentum, mu1=mu1, **like,
-            )  # fmt: skip
-        if pairs == "next_batch":
-            h_last, g_last = (torch.full((layer_view.groups, layer_view.d_out), torch.nan, **like) for _ in range(2))
-        return cls(
-            name, layer_view, weight, bias, M, activation, gradient, h_last, g_last, damping, damping_split
-        )  # fmt: skip
-
-    def split_damping(self, T: float) -> None:
-        """lambda -> lambda_A, lambda_G for a layer with T locations.
-
-        Without `H_g`, `A` carries it all. `"even"` gives each sqrt(lambda); `"locations"` gives sqrt(lambda T) to `A`,
-        which sums over locations, and sqrt(lambda / T) to `G`, which averages (2022; what this does when T changes is
-        in chapter 9). The product is lambda in both.
-        """
-        if self.gradient is None:
-            self.activation.damping = self.damping
-            return
-        T = T if self.damping_split == "locations" else 1.0
-        self.activation.damping = math.sqrt(self.damping * T)
-        self.gradient.damping = math.sqrt(self.damping / T)
-
-    def direction(self) -> Tensor:
-        """`D = H_g M H_a`, `[groups, d_out, d_in]`: the inverse of the Kronecker-factored Hessian applied to `M`."""
-        D = self.activation.precondition(self.M)
-        return D if self.gradient is None else self.gradient.inverse.apply(D)
-
-    def activation_pairs(self, record: Record, finite: Tensor) -> list[Pair]:
-        """The pair of `H_a` from this mini-batch; one that is not kept by pairs is updated, where `finite` holds."""
-        if type(self.activation) is ActivationFactor:
-            return [self.activation.pair(record)]
-        self.activation.update(record, finite)
-        return []
-
-    def change(self, before: Record, after: Record) -> Change:
-        """What `H_g` learns from the same mini-batch before and after the step.
-
-        Raises:
-            ValueError: if `H_g` is the identity, or no gradient reached the layer's output in one of the passes.
-        """
-        if self.gradient is None:
-            raise ValueError(f"layer {self.name!r} keeps no H_g: KFQN was made with pairs=None")
-        g_mean = before.mean_gradient()
-        return Change(self.gradient, after.mean_output() - before.mean_output(), after.mean_gradient() - g_mean, g_mean)
-
-    def change_since_last(self, record: Record, refresh: bool, finite: Tensor) -> list[Change]:
-        """What `H_g` learns from this mini-batch and the one before, if `refresh`; then remember this one.
-
-        It is remembered where `finite` holds.
-
-        Raises:
-            ValueError: if the layer was not built for `pairs="next_batch"`, or no gradient reached its output.
-        """
-        if self.gradient is None or self.h_last is None or self.g_last is None:
-            raise ValueError(f'layer {self.name!r} remembers no mini-batch: KFQN was not made with pairs="next_batch"')
-        h_mean, g_mean = record.mean_output().to(self.h_last.dtype), record.mean_gradient().to(self.h_last.dtype)
-        changes = []
-        if refresh:
-            # A copy of the last gradient: it is looked at once more, when the pair is appended.
-            changes = [Change(self.gradient, h_mean - self.h_last, g_mean - self.g_last, self.g_last.clone())]
-        self.h_last.copy_(torch.where(finite, h_mean, self.h_last))
-        self.g_last.copy_(torch.where(finite, g_mean, self.g_last))
-        return changes
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that lives from one step to the next, by name."""
-        curvature = {} if self.gradient is None else self.gradient.tensors()
-        last = {"h_last": self.h_last, "g_last": self.g_last}
-        return {
-            "M": self.M,
-            **self.activation.tensors(),
-            **curvature,
-            **{name: tensor for name, tensor in last.items() if tensor is not None},
-        }
+    M = momentum * M + (1 - momentum) * (G + weight_decay * W)
+    D = M @ H_a if H_g is None else H_g @ M @ H_a
+    return W - lr * length(D), M
 
 
-# A step does the same few things to every layer. Taken over all layers at once they are few kernels on a GPU, and few
-# calls elsewhere.
-
-
-def average_gradients(layers: Sequence[Layer], weight_decay: float, momentum: float, finite: Tensor) -> None:
-    """`M <- momentum M + (1 - momentum) ([dW | db] + weight_decay [W | b])`, where `finite` holds."""
-    momenta = [M for layer in layers for M in layer._momenta]
-    params: list[Tensor] = [p for layer in layers for p in layer.parameters]
-    gradients = [p.grad.to(M.dtype) for M, p in zip(momenta, params, strict=True) if p.grad is not None]
-    if weight_decay:
-        gradients = list(torch._foreach_add(gradients, params, alpha=weight_decay))
-    # Where the step is skipped the weight is zero; but 0 times NaN is NaN, so that entries which are not finite become
-    # zero first. Together this takes half the time of a choice between G and M.
-    gradients = [torch.nan_to_num(G, nan=0.0, posinf=0.0, neginf=0.0) for G in gradients]
-    weights = {dtype: (1.0 - momentum) * finite.to(dtype) for dtype in {M.dtype for M in momenta}}
-    torch._foreach_lerp_(momenta, gradients, [weights[M.dtype] for M in momenta])  # views: every layer's M moves
-
-
-def move(layers: Sequence[Layer], directions: Sequence[Tensor], divisors: Sequence[Tensor]) -> None:
-    """`[W | b] <- [W | b] - D / divisor`; `D` `[groups, d_out, d_in]`, `divisor` one entry or `[groups, d_out, 1]`."""
-    params: list[Tensor] = [p for layer in layers for p in layer.parameters]
-    parts = [part for layer, D in zip(layers, directions, strict=True) for part in layer.parts(D)]
-    shaped = [
-        divisor.reshape(-1, *[1] * (p.dim() - 1))
-        for layer, divisor in zip(layers, divisors, strict=True) for p in layer.parameters
-    ]  # fmt: skip
-    torch._foreach_addcdiv_(params, parts, shaped, -1.0)
-
-
-class Sizes(Protocol):
-    """What is asked of a layer to decide how its `H_a` is kept."""
+@dataclass(frozen=True)
+class _Shape:
+    """The sizes of a whole group, as the factors ask for them."""
 
     groups: int
     d_in: int
     d_out: int
 
 
-def activation_factors(layers: Sequence[Sizes], rank: int) -> list[str]:
-    """What `activation_factor="auto"` stands for in each layer: `"action"` or `"low_rank"`.
+class Group:
+    """L layers of one shape, with the same options and parameter groups.
 
-    Matrices as long as the factors of all layers together hold no more numbers than the weights, which is what Adam
-    keeps as second moments; beyond that the largest gives way first, and of equal ones the last (the first was worse,
-    benchmarks/NOTES.md). And none for a layer with more than `WIDEST` inputs.
+    Args:
+        layers: what `selection` found, with equal `shape_key`.
+        kind: the form of their activation factor.
+        options: of these layers.
+        ranks: over which statistics are averaged.
+        device: of the state, if not that of the weights: on "meta" a group is a plan that takes no memory.
+
+    Attributes:
+        M: the momentum, `[B, d_out, d]` with the bias column apart.
+        activation, gradient: the factors; `gradient` is None where `H_g` is the identity.
+        h_last, g_last: `[B, d_out]`, the means of the previous mini-batch where pairs come from consecutive ones, else
+            None; NaN until a first one was seen.
+        started: bool `[L]`, whether `H_a` has had its first estimate.
+        unsettled: the layers of which the host does not know that they have.
     """
-    low_rank = [(2 * rank + 2) * layer.groups * layer.d_in for layer in layers]
-    dense = [layer.groups * layer.d_in**2 for layer in layers]
-    weights = sum(layer.groups * layer.d_out * layer.d_in for layer in layers)
-    kinds = ["low_rank" if layer.d_in > WIDEST else "action" for layer in layers]
-    for i in sorted(range(len(layers)), key=lambda i: (-dense[i], -i)):
-        held = sum(a if kind == "action" else b for kind, a, b in zip(kinds, dense, low_rank, strict=True))
-        if held <= weights or dense[i] <= low_rank[i]:
-            break
-        kinds[i] = "low_rank"
-    return kinds
+
+    def __init__(
+        self, layers: Sequence[Selected], kind: str, options: Options, ranks: Ranks,
+        device: torch.device | None = None,
+    ):  # fmt: skip
+        self.layers, self.kind, self.options, self._ranks = list(layers), kind, options, ranks
+        view, weight = layers[0].view, layers[0].weight
+        self.groups = view.groups
+        B = len(layers) * view.groups
+        device = device or weight.device
+        like: dict[str, Any] = {"dtype": dtype_of_factors(weight), "device": device}
+        sizes = _Shape(B, view.d_in, view.d_out)
+        lambda_A, lambda_G = options.lambdas(1.0)
+        self._T = [1.0] * len(layers)
+        d = view.d_in - view.has_bias
+        self.M = Columns(
+            torch.zeros(B, view.d_out, d, **like), torch.zeros(B, view.d_out, 1, **like) if view.has_bias else None
+        )
+        self.activation = _activation(kind, sizes, lambda_A, options, like)
+        self.gradient: GradientFactor | None = None
+        self.h_last: Tensor | None = None
+        self.g_last: Tensor | None = None
+        if options.pairs is not None:
+            self.gradient = GradientFactor(
+                sizes, lambda_G, options.memory, pair_damping=options.pair_damping,
+                pair_momentum=options.pair_momentum, mu1=options.mu1, **like,
+            )  # fmt: skip
+        if options.pairs == "next_batch":
+            self.h_last, self.g_last = (torch.full((B, view.d_out), torch.nan, **like) for _ in range(2))
+        self.started = torch.zeros(len(layers), dtype=torch.bool, device=device)
+        self.unsettled = set(range(len(layers)))
+        self._answer: Answer | None = None
+        self._masks: dict[tuple[bool, ...], Tensor] = {}
+
+    def rows(self, i: int) -> slice:
+        """Those of layer i along axis 0."""
+        return slice(i * self.groups, (i + 1) * self.groups)
+
+    def has_gradient(self) -> bool:
+        """Whether any of its parameters has one."""
+        return any(p.grad is not None for layer in self.layers for p in layer.parameters)
+
+    # -- the step, without curvature
+
+    def average(self, settings: Sequence[Mapping[str, Any]], finite: Tensor) -> None:
+        """`M <- momentum M + (1 - momentum) ([dW | db] + weight_decay [W | b])` where `finite` holds.
+
+        Args:
+            settings: the parameter groups of the weights and of the biases; a decoupled decay is no part of M.
+            finite: bool scalar.
+        """
+        for M, params, of, group in zip(self.M, *self._sides(), settings, strict=True):
+            if M is None:
+                continue
+            gradients = [None if p is None else p.grad for p in params]
+            if all(gradient is None for gradient in gradients):
+                continue
+            G = self._side_by_side(gradients, of, M)
+            if group["weight_decay"] and not group["decoupled_weight_decay"]:
+                G.add_(self._side_by_side(params, of, M), alpha=group["weight_decay"])
+            weight = finite.to(M.dtype) * (1.0 - group["momentum"])
+            present = tuple(gradient is not None for gradient in gradients)
+            if not all(present):
+                weight = weight * self._mask(present)[:, None, None]
+            # Where a step is skipped the weight is zero; but 0 times NaN is NaN, so what is not finite becomes zero.
+            M.lerp_(torch.nan_to_num_(G, nan=0.0, posinf=0.0, neginf=0.0), weight)
+
+    def direction(self) -> Columns:
+        """`D = H_g M H_a`, `[B, d_out, d_in]` with the bias column apart."""
+        D = self.activation.precondition(self.M)
+        if self.gradient is None:
+            return D
+        return Columns.split(self.gradient.inverse.apply(D.joined()), D.b is not None)
+
+    def move(self, D: Columns, settings: Sequence[Mapping[str, Any]], finite: Tensor) -> None:
+        """`[W | b] <- [W | b] - lr length(D)` where `finite` holds, after a decoupled decay if there is one."""
+        unit = divisors(D, self.options.step_length, self.groups)  # [B, d_out, 1], or what broadcasts to it
+        for part, params, of, group in zip(D, *self._sides(), settings, strict=True):
+            moving = [(i, p) for i, p in enumerate(params) if p is not None and p.grad is not None]
+            if part is None or not moving:
+                continue
+            rate = finite.to(part.dtype) * group["lr"]  # zero where the step is skipped: what it divides is infinite
+            steps = part / (unit / rate)
+            if group["decoupled_weight_decay"] and group["weight_decay"]:
+                torch._foreach_mul_([p for _, p in moving], 1.0 - rate * group["weight_decay"])
+            torch._foreach_sub_([p for _, p in moving], [of(i, steps[self.rows(i)]) for i, _ in moving])
+
+    def _sides(self) -> tuple[list[list[Any]], list[Any]]:
+        """Weights and biases; and for each side the function from rows of a matrix to the shape of its parameter."""
+        return [[layer.weight for layer in self.layers], [layer.bias for layer in self.layers]], [self._weight, self._bias]
+
+    def _weight(self, i: int, rows: Tensor) -> Tensor:
+        return self.layers[i].view.weight_of(rows)  # [groups, d_out, d] -> as the layer stores it
+
+    def _bias(self, i: int, rows: Tensor) -> Tensor:
+        return rows.reshape(-1)  # [groups, d_out, 1] -> [groups d_out]
+
+    def _side_by_side(self, tensors: Sequence[Tensor | None], of: Callable[..., Tensor], M: Tensor) -> Tensor:
+        """Tensors shaped like the parameters of one side as a new one shaped like `M`; zero for None."""
+        shape = (self.groups, *M.shape[1:])
+        if of == self._bias:
+            parts = [M.new_zeros(shape) if t is None else t.reshape(shape) for t in tensors]
+        else:
+            parts = [
+                M.new_zeros(shape) if t is None else layer.view.rows_of(t)
+                for layer, t in zip(self.layers, tensors, strict=True)
+            ]
+        together = torch.cat(parts)  # a copy, also of one
+        return together.to(M.dtype)
+
+    # -- curvature
+
+    def batch(self, records: Mapping[str, Record], *, outputs: bool = False) -> Batch | None:
+        """The statistics of these layers, of inputs or of `outputs`; None where no rank can have seen one."""
+        own = [records.get(layer.name) for layer in self.layers]
+        batch = Batch([layer.view for layer in self.layers], own, self.M.W, self._ranks, outputs=outputs)
+        return batch if any(batch.seen) or not self._ranks.alone else None
+
+    def observe(self, batch: Batch, finite: Tensor, *, average: bool) -> None:
+        """Damping for the locations of this mini-batch, first estimates, and the running `A` if `average`."""
+        if self.options.split:
+            self.split_damping(batch.locations())
+        settled = self.started.repeat_interleave(self.groups)  # [B], before this mini-batch
+        if any(i in self.unsettled for i, seen in enumerate(batch.seen) if seen) or not self._ranks.alone:
+            self._start(batch, finite)
+        if self.activation.every_step and average:
+            self.activation.average(batch, self._where(batch, finite) & settled)
+
+    def ask(self) -> None:
+        """Settle the layers of which the host has learnt by now that they have a first estimate."""
+        # Ranks wait for it, as all have to go the same way; it was asked for a step ago.
+        known = self._answer and self._answer.known(wait=not self._ranks.alone)
+        if known:
+            self.unsettled -= {i for i, started in enumerate(known) if started}
+            self._answer = None
+
+    def _start(self, batch: Batch, finite: Tensor) -> None:
+        """First estimates, where there are none; whether they were good is asked for and not waited for."""
+        self.ask()
+        if not self.unsettled:
+            return
+        where = self._where(batch, finite) & ~self.started.repeat_interleave(self.groups)
+        good = self.activation.start(batch, where).view(-1, self.groups).all(1)  # [L]
+        self.started |= good
+        self._answer = Answer(self.started)
+
+    def start_from(self, i: int, A: Tensor) -> None:
+        """The first estimate of layer i from a formed `A` `[groups, d_in, d_in]`."""
+        self.layer_activation(i).start_from(A, torch.ones(self.groups, dtype=torch.bool, device=A.device))
+        self.settle(i)
+
+    def see(self, i: int, record: Record, past: float) -> None:
+        """Layer i's running estimate takes in a mini-batch; what came before weighs `past`, and 0 begins anew."""
+        factor, batch = self.layer_activation(i), Batch([self.layers[i].view], [record], self.M.W, self._ranks)
+        where = torch.ones(self.groups, dtype=torch.bool, device=self.started.device)
+        if past == 0:
+            factor.start(batch, where)
+        else:
+            factor.update(batch, where, past)
+
+    def settle(self, i: int) -> None:
+        """Layer i has its first estimate."""
+        self.started[i] = True
+        self.unsettled.discard(i)
+
+    def update(self, batch: Batch, finite: Tensor) -> None:
+        """One update of `H_a`, where `finite` holds, for the layers that were seen and have been started."""
+        self.activation.update(batch, self._where(batch, finite) & self.started.repeat_interleave(self.groups))
+
+    def learn(self, before: Batch, after: Batch, finite: Tensor) -> None:
+        """What `H_g` learns from the same mini-batch before and after the step."""
+        assert self.gradient is not None
+        with self.no_autocast():
+            g_mean = before.mean_gradient()
+            s, y = after.mean_output() - before.mean_output(), after.mean_gradient() - g_mean
+            self.gradient.update(s, y, g_mean, self._where(after, self._where(before, finite)))
+
+    def learn_from_next(self, batch: Batch, refresh: bool, finite: Tensor) -> None:
+        """What `H_g` learns from this mini-batch and the one before, if `refresh`; then this one is remembered."""
+        assert self.gradient is not None
+        assert self.h_last is not None
+        assert self.g_last is not None
+        with self.no_autocast():
+            where = self._where(batch, finite)
+            h, g = batch.mean_output(), batch.mean_gradient()
+            if refresh:
+                self.gradient.update(h - self.h_last, g - self.g_last, self.g_last, where)
+            self.h_last.copy_(torch.where(where[:, None], h, self.h_last))
+            self.g_last.copy_(torch.where(where[:, None], g, self.g_last))
+
+    def no_autocast(self) -> torch.autocast:
+        """Curvature needs its digits, also where a user's whole training step stands under autocast."""
+        return torch.autocast(self.started.device.type, enabled=False)
+
+    def split_damping(self, T: Sequence[float]) -> None:
+        """`lambda_A` and `lambda_G` for layers with these numbers of locations."""
+        if list(T) == self._T:
+            return
+        self._T = list(T)
+        lambdas = [self.options.lambdas(t) for t in T for _ in range(self.groups)]
+        alike = len(set(T)) == 1
+        lambda_A = [a for a, _ in lambdas]
+        self.activation.damping = lambda_A[0] if alike else self.M.W.new_tensor(lambda_A).unsqueeze(1)
+        if self.gradient is not None:
+            self.gradient.damping = lambdas[0][1] if alike else [b for _, b in lambdas]
+
+    def _where(self, batch: Batch, finite: Tensor) -> Tensor:
+        """Bool `[B]`: where `finite` (a scalar or `[B]`) holds and the layer was seen."""
+        everywhere = finite.expand(self.M.W.shape[0])
+        return everywhere if batch.present is None else everywhere & (batch.present > 0)
+
+    def _mask(self, present: tuple[bool, ...]) -> Tensor:
+        """`[B]` of zeros and ones for layers."""
+        if present not in self._masks:
+            self._masks[present] = self.M.W.new_tensor([float(p) for p in present]).repeat_interleave(self.groups)
+        return self._masks[present]
+
+    # -- state
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything but the momentum that lives from one step to the next, by name, `[B, ...]` each."""
+        last = {"h_last": self.h_last, "g_last": self.g_last}
+        return {
+            **self.activation.tensors(),
+            **({} if self.gradient is None else self.gradient.tensors()),
+            **{name: tensor for name, tensor in last.items() if tensor is not None},
+        }
+
+    def state(self, i: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Views of what belongs to the weight of layer i and to its bias, by name."""
+        rows = self.rows(i)
+        own = {name: tensor[rows] for name, tensor in self.tensors().items()}
+        weight = {"M": self._weight(i, self.M.W[rows]), **own, "started": self.started[i]}
+        return weight, {} if self.M.b is None else {"M": self._bias(i, self.M.b[rows])}
+
+    def check(self, i: int, weight: Mapping[str, Tensor], bias: Mapping[str, Tensor]) -> None:
+        """Raise ValueError unless these tensors are the state of layer i by name and shape."""
+        for what, own, saved in zip(("weight", "bias"), self.state(i), (weight, bias), strict=True):
+            differing = sorted(
+                key for key in {*own, *saved} if key not in own or key not in saved or own[key].shape != saved[key].shape
+            )
+            if differing:
+                raise ValueError(
+                    f"the saved state does not fit the {what} of layer {self.layers[i].name!r} (they differ in "
+                    f"{', '.join(differing)}): create KFQN with the model and the options (pairs, memory, "
+                    "activation_factor, activation_decay) that it was saved with"
+                )
+
+    def load(self, i: int, weight: Mapping[str, Tensor], bias: Mapping[str, Tensor]) -> None:
+        """Copy the state of layer i from tensors as `state` gives them, of whatever dtype and device."""
+        for own, saved in zip(self.state(i), (weight, bias), strict=True):
+            for key, value in saved.items():
+                # H y is all that an update reads of H, which therefore has to be symmetric to the last bit.
+                own[key].copy_((value + value.mT) / 2 if key in ("H_a", "H_g") else value)
+        self._answer = Answer(self.started)
+        self.unsettled.add(i)
+
+    def layer_activation(self, i: int) -> Activation:
+        """The activation factor of layer i alone: views."""
+        return _restricted(self.activation, self.rows(i))
+
+    def layer_gradient(self, i: int) -> GradientFactor | None:
+        """The gradient factor of layer i alone: views."""
+        return None if self.gradient is None else _restricted(self.gradient, self.rows(i))
 
 
-def curvature_layers(model: nn.Module) -> tuple[dict[str, tuple[nn.Module, LayerView]], dict[str, nn.Parameter]]:
-    """The layers that get Kronecker factors, and the trainable parameters that do not, both by name.
+class Layer:
+    """A curvature layer as the optimizer's user looks at it: its parameters, the momentum, and the two factors.
 
-    A layer qualifies if `layers.view` supports it, all its parameters are trainable, and no other module shares them.
+    Attributes:
+        name, view, weight, bias: of the layer.
+        activation, gradient: its factors, views of those of its group; `gradient` is None where `H_g` is the identity.
+        T: locations per sample, as last seen.
     """
-    uses: dict[int, int] = {}
-    for module in model.modules():
-        for p in module.parameters(recurse=False):
-            uses[id(p)] = uses.get(id(p), 0) + 1
-    layers: dict[str, tuple[nn.Module, LayerView]] = {}
-    taken: set[int] = set()
-    for name, module in model.named_modules():
-        try:
-            layer_view = view(module)
-        except UnsupportedLayer:
-            continue
-        own = list(module.parameters(recurse=False))
-        if all(p.requires_grad and uses[id(p)] == 1 for p in own):
-            layers[name] = (module, layer_view)
-            taken.update(id(p) for p in own)
-    rest = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in taken}
-    return layers, rest
+
+    def __init__(self, group: Group, i: int):
+        selected = group.layers[i]
+        self.name, self.weight, self.bias = selected.name, selected.weight, selected.bias
+        self.view: LayerView = selected.view
+        self.activation, self.gradient = group.layer_activation(i), group.layer_gradient(i)
+        self._M = Columns(*(None if part is None else part[group.rows(i)] for part in group.M))  # type: ignore[arg-type]
+        self._group, self._i = group, i
+
+    @property
+    def M(self) -> Tensor:
+        """The momentum of `[W | b]`, `[groups, d_out, d_in]`."""
+        return self._M.joined()
+
+    @property
+    def started(self) -> bool:
+        """Whether `H_a` has had its first estimate. Reading it waits for the device."""
+        return bool(self._group.started[self._i])
+
+    def direction(self) -> Tensor:
+        """`D = H_g M H_a`, `[groups, d_out, d_in]`: the inverse of the Kronecker-factored Hessian applied to `M`."""
+        D = self.M @ self.activation.H
+        return D if self.gradient is None else self.gradient.inverse.apply(D)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that lives from one step to the next, by name, `[groups, ...]` each."""
+        rows = self._group.rows(self._i)
+        return {"M": self.M, **{name: tensor[rows] for name, tensor in self._group.tensors().items()}}
+
+
+def _activation(kind: str, sizes: _Shape, damping: float, options: Options, like: dict[str, Any]) -> Activation:
+    """An activation factor of this form."""
+    if kind == "diagonal":
+        return DiagonalActivationFactor(sizes, damping, **like)
+    if kind == "low_rank" and 2 * options.rank < sizes.d_in:  # elsewhere a matrix is smaller
+        return LowRankActivationFactor(sizes, damping, options.rank, **like)
+    form = ExactActivationFactor if kind == "inverse" else ActivationFactor
+    return form(sizes, damping, options.activation_decay, **like)
+
+
+def _restricted(factor: Any, rows: slice) -> Any:
+    """A factor whose tensors are views of some rows of those of `factor`."""
+    part = copy.copy(factor)
+    for name, value in vars(factor).items():
+        if isinstance(value, Tensor):
+            setattr(part, name, value[rows])
+        elif isinstance(value, list):  # damping by rows: those of one layer are alike
+            setattr(part, name, value[rows][0])
+        elif isinstance(value, DenseInverse | LimitedMemoryInverse):
+            setattr(part, name, _restricted(value, rows))
+    return part
+

@@ -1,29 +1,21 @@
 """Evaluate a mini-batch a second time and leave no trace (chapter 8).
 
 The secant pair of `H_g` needs the same mini-batch at two points: the same dropout masks, or the difference is noise.
-And nothing else may notice: batch-norm statistics are not moved twice, parameter gradients are not touched.
+And nothing else may notice: batch-norm statistics are not moved twice, gradients are not touched, whoever's they are.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
-
-@contextmanager
-def restored(model: nn.Module, devices: Sequence[torch.device] = ()) -> Iterator[None]:
-    """Buffers of `model` and the random generators (CPU and `devices`) are afterwards what they were before."""
-    saved = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in saved:
-                buffer.copy_(value)
+from kfqn_core.training.preserve import RandomState, cuda_devices, restored
 
 
 class SecondPass:
@@ -31,35 +23,69 @@ class SecondPass:
 
     Args:
         model: its buffers are restored after the second evaluation.
-        params: all trainable parameters; no gradient is computed for them the second time.
+        params: trainable parameters; no gradient is computed for them the second time.
     """
 
     def __init__(self, model: nn.Module, params: Sequence[nn.Parameter]):
         self._model = model
-        self._params = [p for p in params if p.requires_grad]
+        self._leaves: dict[int, Tensor] = {id(p): p for p in (*params, *model.parameters())}
         self._devices = cuda_devices(params)
-        self._cpu_state = torch.get_rng_state()
-        self._cuda_states = [torch.cuda.get_rng_state(device) for device in self._devices]
+        self._randomness = RandomState.now(self._devices)
 
-    def evaluate(self, closure: Callable[[], Tensor]) -> None:
+    def protect(self, loss: Any) -> None:
+        """Leave alone, too, what else the first evaluation gave gradients to: it may train more than `model`."""
+        if isinstance(loss, Tensor):
+            self._leaves.update({id(leaf): leaf for leaf in leaves_of(loss)})
+
+    def evaluate(self, closure: Callable[[], Any]) -> None:
         """Run `closure` with the random numbers of the first evaluation and all parameters frozen."""
-        grads = [p.grad for p in self._params]
-        for p in self._params:
-            p.requires_grad_(False)
-            p.grad = None  # the closure may fill gradients with zeros
+        leaves = [leaf for leaf in self._leaves.values() if leaf.requires_grad]
+        grads = [leaf.grad for leaf in leaves]
+        for leaf, grad in zip(leaves, grads, strict=True):
+            leaf.requires_grad_(False)
+            leaf.grad = None if grad is None else grad.clone()  # the closure may look at it, clip it, or zero it
         try:
-            with restored(self._model, self._devices):
-                torch.set_rng_state(self._cpu_state)
-                for device, state in zip(self._devices, self._cuda_states, strict=True):
-                    torch.cuda.set_rng_state(state, device)
+            with restored(self._model, self._devices), _other_buffers_restored():
+                self._randomness.set()
                 with torch.enable_grad():
                     closure()
         finally:
-            for p, grad in zip(self._params, grads, strict=True):
-                p.requires_grad_(True)
-                p.grad = grad
+            for leaf, grad in zip(leaves, grads, strict=True):
+                leaf.requires_grad_(True)
+                leaf.grad = grad
 
 
-def cuda_devices(params: Sequence[Tensor]) -> list[torch.device]:
-    """The CUDA devices that hold `params`, each once."""
-    return sorted({p.device for p in params if p.is_cuda}, key=str)
+@contextmanager
+def _other_buffers_restored() -> Iterator[None]:
+    """Buffers of every module that runs inside, whoever's it is, are afterwards what they were before."""
+    saved: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def save(module: nn.Module, args: object) -> None:
+        for buffer in module.buffers(recurse=False):
+            saved.setdefault(id(buffer), (buffer, buffer.clone()))
+
+    handle = register_module_forward_pre_hook(save)
+    try:
+        with warnings.catch_warnings():
+            # That hooks fire for a compiled module and for the module inside is no harm.
+            warnings.filterwarnings("ignore", message="Using `torch.compile")
+            yield
+    finally:
+        handle.remove()
+        with torch.no_grad():
+            for buffer, value in saved.values():
+                buffer.copy_(value)
+
+
+def leaves_of(loss: Tensor) -> list[Tensor]:
+    """The tensors whose gradients a backward from `loss` accumulates into."""
+    leaves, waiting, met = [], [loss.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in met:
+            continue
+        met.add(node)
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+        waiting.extend(following for following, _ in node.next_functions)
+    return leaves

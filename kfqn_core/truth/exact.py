@@ -8,7 +8,8 @@ graph of the model outlives the call.
 
 Layout. A layer's parameters are ordered group by group, in each group by `vec` (column stacking) of its matrix
 `[W | b]`, `[d_out, d_in]` with the bias as last column (`layers.LayerView`). A layer is given as the module or by its
-name in the model. `max_bytes` bounds the matrix that is returned; larger ones raise ValueError before any work.
+name in the model; one of several matrices in a module (`layers.parts`) by both names, `"attention.in_proj"`.
+`max_bytes` bounds the matrix that is returned; larger ones raise ValueError before any work.
 
 Definitions: chapter 3. Gauss-Newton: Schraudolph (2002). Fisher: Amari (1998).
 """
@@ -30,7 +31,6 @@ from kfqn_core.truth.functional import (
     check_batch,
     check_mean_of_samples,
     check_size,
-    find_layer,
     forward,
     gauss_newton_product,
     hessian_product,
@@ -100,7 +100,7 @@ def layer_hessian(
     model, is never called, or the matrix exceeds `max_bytes`; UnsupportedLayer if the layer is no `h = W a`.
     """
     own = LayerParameters(model, layer)
-    layer_calls(model, own.module, x)
+    layer_calls(model, own, x)
     check_batch(x, y)
     check_size(f"the Hessian of layer '{own.name}'", own.theta.numel(), own.theta.numel(), own.theta, max_bytes)
 
@@ -129,7 +129,7 @@ def cross_hessian(
     if rows.module is columns.module:
         raise ValueError(f"both layers are '{rows.name}'; use layer_hessian for the diagonal block")
     for own in (rows, columns):
-        layer_calls(model, own.module, x)
+        layer_calls(model, own, x)
     check_batch(x, y)
     what = f"the block of layers '{rows.name}' and '{columns.name}'"
     check_size(what, rows.theta.numel(), columns.theta.numel(), rows.theta, max_bytes)
@@ -151,14 +151,20 @@ def cross_hessian(
 def layer_call(model: nn.Module, x: Tensor, layer: nn.Module | str) -> LayerCall:
     """The layer, its input and its output in `model(x)`, detached.
 
-    Raises ValueError if the layer is not part of the model, is never called, or is called more than once.
+    Raises ValueError if the layer is not part of the model, is never called, is called more than once, or does not show
+    its pre-activation; UnsupportedLayer if it is no `h = W a`.
     """
-    name, module = find_layer(model, layer)
-    calls = layer_calls(model, module, x)
+    own = LayerParameters(model, layer)
+    calls = layer_calls(model, own, x)
     if len(calls) > 1:
         raise ValueError(
-            f"layer '{name}' is called {len(calls)} times in one forward pass, so it has no single pre-activation; "
+            f"layer '{own.name}' is called {len(calls)} times in one forward pass, so it has no single pre-activation; "
             "call it once on the joined inputs (a sequence [N, T, d]), or use one layer per call"
+        )
+    if calls[0] is None:
+        raise ValueError(
+            f"the call of layer '{own.name}' does not show its input and its pre-activation; layer_hessian, "
+            "cross_hessian, layer_gauss_newton and layer_fisher need neither"
         )
     return calls[0]
 
@@ -220,7 +226,7 @@ def layer_gauss_newton(
     Raises as `layer_hessian` does.
     """
     own = LayerParameters(model, layer)
-    layer_calls(model, own.module, x)
+    layer_calls(model, own, x)
     check_batch(x, y)
     check_size(f"the Gauss-Newton matrix of '{own.name}'", own.theta.numel(), own.theta.numel(), own.theta, max_bytes)
 
@@ -253,7 +259,7 @@ def layer_fisher(
     Raises as `layer_hessian` does, and ValueError if the loss is not the mean of per-sample losses.
     """
     own = LayerParameters(model, layer)
-    layer_calls(model, own.module, x)
+    layer_calls(model, own, x)
     check_size(f"the Fisher matrix of '{own.name}'", own.theta.numel(), own.theta.numel(), own.theta, max_bytes)
     targets, probabilities = distribution(forward(model, {}, x))
     for target in targets[:1]:
@@ -313,7 +319,7 @@ def _preactivation_curvature(
     check_mean_of_samples(model, loss_fn, x, y)
 
     def outputs(shift: Tensor) -> Tensor:
-        with hooked(module, lambda _module, _inputs, output: output + shift.reshape(h.shape)):
+        with hooked(module, lambda _module, _args, _kwargs, output: output + shift.reshape(h.shape)):
             return forward(model, {}, x)
 
     def loss(z: Tensor) -> Tensor:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kfqn_core.layers import SUPPORTED, LayerView, view
+from kfqn_core.layers import LayerView, Part, UnsupportedLayer, parts
 from kfqn_core.maths.algebra import unvec, vec
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -33,33 +34,68 @@ class LayerParameters:
     """One layer's `[W | b]` as a vector, and back to the names under which the model holds them."""
 
     def __init__(self, model: nn.Module, layer: nn.Module | str) -> None:
-        self.name, self.module = find_layer(model, layer)
-        self.view: LayerView = view(self.module)
-        own = dict(self.module.named_parameters(recurse=False))
-        self.theta = vec(self.view.to_matrix(own["weight"], own.get("bias")).detach()).reshape(-1)
+        self.name, self.module, self.part = find_part(model, layer)
+        self.view: LayerView = self.part.view
+        module_name = next(name for name, module in model.named_modules() if module is self.module)
+        self._prefix = f"{module_name}." if module_name else ""
+        weight = self.module.get_parameter(self.part.weight)
+        bias = None if self.part.bias is None else self.module.get_parameter(self.part.bias)
+        self.theta = vec(self.view.to_matrix(weight, bias).detach()).reshape(-1)
 
     def parameters(self, theta: Tensor) -> dict[str, Tensor]:
         v = self.view
         weight, bias = v.from_matrix(unvec(theta.reshape(v.groups, -1), v.d_out))
-        prefix = f"{self.name}." if self.name else ""
-        named = {f"{prefix}weight": weight}
-        return named if bias is None else named | {f"{prefix}bias": bias}
+        named = {f"{self._prefix}{self.part.weight}": weight}
+        return named if bias is None else named | {f"{self._prefix}{self.part.bias}": bias}
 
 
-def find_layer(model: nn.Module, layer: nn.Module | str) -> tuple[str, nn.Module]:
-    """Name and module of a layer given as either. ValueError, with those it could be, if the model has no such one."""
-    for name, module in model.named_modules():
-        if module is layer or name == layer:
-            return name, module
-    known = ", ".join(repr(name) for name, module in model.named_modules() if isinstance(module, tuple(SUPPORTED)))
+def find_part(model: nn.Module, layer: nn.Module | str) -> tuple[str, nn.Module, Part]:
+    """Name, module and matrix of a layer given as its module, or by name.
+
+    A module that holds several matrices has a name for each: its own, a dot, and the part's (`"attention.in_proj"`).
+    Raises ValueError, with the names there are, if the model has no such layer or the module holds several;
+    UnsupportedLayer if it is no `h = W a`.
+    """
+    known: dict[str, tuple[str, nn.Module, Part]] = {}
+    for module_name, module in model.named_modules():
+        try:
+            matrices = parts(module)
+        except UnsupportedLayer:
+            continue
+        for part in matrices:
+            name = ".".join(filter(None, (module_name, part.name)))
+            known.setdefault(name, (name, module, part))
+    if isinstance(layer, str) and layer in known:
+        return known[layer]
+    for module_name, module in model.named_modules():
+        if module is layer or (isinstance(layer, str) and module_name == layer):
+            matrices = parts(module)
+            if len(matrices) == 1:
+                return ".".join(filter(None, (module_name, matrices[0].name))), module, matrices[0]
+            names = ", ".join(repr(name) for name, (_, owner, _) in known.items() if owner is module)
+            raise ValueError(f"'{module_name}' ({type(module).__name__}) holds several matrices; name one of {names}")
     wanted = repr(layer) if isinstance(layer, str) else f"this {type(layer).__name__}"
-    raise ValueError(f"{wanted} is not a layer of the model; those it can be are {known or 'none'}")
+    names = ", ".join(repr(name) for name in known)
+    raise ValueError(f"{wanted} is not a layer of the model; those it can be are {names or 'none'}")
 
 
 def forward(model: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
-    """`model(x)` with some parameters replaced; buffers are copies, so that running statistics do not move."""
-    replaced = {name: buffer.clone() for name, buffer in model.named_buffers()} | parameters
-    output = functional_call(model, replaced, (x,))
+    """`model(x)` with some parameters replaced; buffers are copies, so that running statistics do not move.
+
+    Attention is computed as its formula says: its fused kernels have no second derivatives.
+    """
+    new = {id(buffer): buffer.clone() for buffer in model.buffers()}
+    new |= {id(model.get_parameter(name)): tensor for name, tensor in parameters.items()}
+    # Every place that holds one of them, under one name: PyTorch itself would replace the tensors of a module with two
+    # names twice, and put only the first replacement back.
+    replaced = {
+        f"{prefix}.{name}".lstrip("."): new[id(tensor)]
+        for prefix, module in model.named_modules()
+        for name, tensor in (module._parameters | module._buffers).items()
+        if id(tensor) in new
+    }
+    with sdpa_kernel(SDPBackend.MATH):
+        output = functional_call(model, replaced, (x,), tie_weights=False)
     if not isinstance(output, Tensor):
         raise TypeError(f"the model must return one tensor, not {type(output).__name__}; wrap it in a module that does")
     return output
@@ -67,26 +103,34 @@ def forward(model: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Tenso
 
 @contextmanager
 def hooked(module: nn.Module, hook: Callable) -> Iterator[None]:
-    """A forward hook for the length of a block, gone afterwards even on an error."""
-    handle = module.register_forward_hook(hook)
+    """A forward hook `(module, args, kwargs, output)` for the length of a block, gone afterwards even on an error."""
+    handle = module.register_forward_hook(hook, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
 
 
-def layer_calls(model: nn.Module, module: nn.Module, x: Tensor) -> list[LayerCall]:
-    """Every call of a layer in `model(x)`, in order. ValueError if there is none."""
-    calls: list[LayerCall] = []
+def layer_calls(model: nn.Module, own: LayerParameters, x: Tensor) -> list[LayerCall | None]:
+    """Every call of a layer in `model(x)`, in order; None for one that does not show `h`. ValueError if there is none.
 
-    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        calls.append(LayerCall(module, inputs[0].detach(), output.detach()))
+    A call shows `h` if it is what the module returns, so that a hook can shift it.
+    """
+    calls: list[LayerCall | None] = []
 
-    with hooked(module, record):
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        call = own.part.call(module, args, kwargs, output)
+        if call is not None and call.shows_h and call.h is output and isinstance(call.x, Tensor):
+            calls.append(LayerCall(module, call.x.detach(), call.h.detach()))
+        else:
+            calls.append(None)
+
+    with hooked(own.module, record):
         forward(model, {}, x)
     if not calls:
-        name, _ = find_layer(model, module)
-        raise ValueError(f"layer '{name}' is never called in model(x), so the loss does not depend on it; name another")
+        raise ValueError(
+            f"layer '{own.name}' is never called in model(x), so the loss does not depend on it; name another"
+        )
     return calls
 
 

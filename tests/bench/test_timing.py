@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("pytorch_optimizer", reason="benchmarks.costs needs it; `make setup` installs it")
+
 ROOT = Path(__file__).parents[2]
 
 

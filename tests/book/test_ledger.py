@@ -1,5 +1,7 @@
 """A claim without a check, and a check that could not fail, are found in the text before anything runs."""
 
+import sys
+
 import pytest
 
 from tests.book import tiny
@@ -31,6 +33,65 @@ def test_one_check_may_verify_several_claims(tmp_path):
     assert collect(tmp_path, both).problems == ()
 
 
+@pytest.fixture
+def rooms(tmp_path, monkeypatch):
+    """A package of two floors. `layers` shows a function `view`, which hides the file of that name."""
+    name = "package_with_rooms"
+    files = {
+        "__init__": "",
+        "layers/__init__": f"from {name}.layers.view import LayerView\nfrom {name}.layers.kinds import view\n",
+        "layers/view": "class LayerView:\n    def patches(self):\n        pass\n",
+        "layers/kinds": "def view(layer):\n    pass\n\nSUPPORTED = (int, float)\n",
+        "maths/__init__": "",
+        "maths/algebra": "def vec(W):\n    pass\n",
+        "maths/broken": "import a_module_that_is_not_there\n",
+    }
+    for file, text in files.items():
+        path = tmp_path / name / f"{file}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setattr(ledger, "PACKAGE", name)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield name
+    for module in [module for module in sys.modules if module.partition(".")[0] == name]:
+        del sys.modules[module]
+
+
+@pytest.mark.parametrize(
+    ("room", "kind", "where"),
+    [
+        ("layers.view", "function", "layers.kinds"),
+        ("layers.view.LayerView", "type", "layers.view"),
+        ("layers.LayerView", "type", "layers.view"),
+        ("layers.view.LayerView.patches", "function", "layers.view"),
+        ("maths.algebra.vec", "function", "maths.algebra"),
+    ],
+)
+def test_a_room_in_a_package(rooms, room, kind, where):
+    found = ledger.find_room(room)
+    assert (type(found).__name__, found.__module__) == (kind, f"{rooms}.{where}")
+
+
+def test_a_module_and_a_floor_are_rooms(rooms):
+    assert ledger.find_room("maths.algebra").__name__ == f"{rooms}.maths.algebra"
+    assert ledger.find_room("maths").__name__ == f"{rooms}.maths"
+    assert ledger.find_room("layers.kinds.SUPPORTED") == (int, float)
+
+
+@pytest.mark.parametrize(
+    ("room", "message"),
+    [
+        ("layers.view.Nothing", "room .*layers.view.Nothing does not exist"),
+        ("layers.view.view", "room .*layers.view.view does not exist"),
+        ("attic.vec", "room .*attic.vec does not exist"),
+        ("maths.broken.vec", "maths.broken cannot be imported: No module named 'a_module_that_is_not_there'"),
+    ],
+)
+def test_no_such_room(rooms, room, message):
+    with pytest.raises(LookupError, match=message):
+        ledger.find_room(room)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "problem"),
     [
@@ -38,7 +99,7 @@ def test_one_check_may_verify_several_claims(tmp_path):
         ("verifies: thm-sum", "verifies: thm-product", "claim thm-sum has no check"),
         ("verifies: thm-sum\n", "", "no verifies"),
         ("verifies: thm-sum", "verifies: 3", "verifies is a label or a list of labels"),
-        ("room: algebra.kron_matvec\n", "", "no room"),
+        ("room: maths.algebra.kron_matvec\n", "", "no room"),
         ("maths.algebra.kron_matvec", "maths.algebra.nothing", "room kfqn_core.maths.algebra.nothing does not exist"),
         ("maths.algebra.kron_matvec", "nowhere.kron_matvec", "room kfqn_core.nowhere.kron_matvec does not exist"),
         ("test: tests/test_algebra.py::test_sum\n", "", "no test"),

@@ -1,5 +1,8 @@
 """Everything that can be wrong with book.toml is one error that names the file and the key."""
 
+import shutil
+import subprocess
+
 import pytest
 
 from tests.book import tiny
@@ -85,10 +88,24 @@ def test_title_differs_from_the_heading(tmp_path):
         manifest.load(tmp_path)
 
 
-def test_unlisted_chapter(tmp_path):
+def test_what_is_not_listed_is_left_out_with_a_word(tmp_path):
     tiny.write(tmp_path, ("01-one", "One", ""))
     (tmp_path / "chapters" / "index.md").write_text("# Home\n")
-    manifest.load(tmp_path)
+    assert manifest.left_out(manifest.load(tmp_path)) == []
     (tmp_path / "chapters" / "02-two.md").write_text("# Two\n")
-    with pytest.raises(manifest.ManifestError, match=r"slug: .*02-two\.md is not listed"):
-        manifest.load(tmp_path)
+    (tmp_path / "chapters" / "untitled.ipynb").write_text("{}\n")
+    assert manifest.left_out(manifest.load(tmp_path)) == [
+        "chapters/02-two.md is not listed in book.toml, and was left out",
+        "chapters/untitled.ipynb is not listed in book.toml, and was left out",
+    ]
+
+
+def test_every_chapter_that_was_committed_is_listed():
+    """A file that somebody forgot to list, and not one that lies there while he works on it."""
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed: nothing tells what was committed")
+    report = subprocess.run(["git", "ls-files", "chapters"], cwd=manifest.ROOT, capture_output=True, text=True)
+    if report.returncode != 0:
+        pytest.skip("this copy of the book is no git repository: nothing tells what was committed")
+    committed = {line for line in report.stdout.splitlines() if line.endswith((".md", ".ipynb"))}
+    assert not [note for note in manifest.left_out(manifest.load()) if note.split()[0] in committed]

@@ -1,5 +1,8 @@
 """Chapters run, checks that cannot fail turn red, and what failed replaces nothing."""
 
+import os
+import re
+
 import nbformat
 import pytest
 
@@ -70,9 +73,61 @@ def test_an_executed_chapter(tmp_path):
     assert path.read_bytes() == first
 
     package = tmp_path / "kfqn_core"
-    package.mkdir()
-    (package / "algebra.py").write_text("# the code the chapter stands on\n")
+    (package / "maths").mkdir(parents=True)
+    (package / "maths" / "algebra.py").write_text("# the code the chapter stands on\n")
     assert not notebooks.is_fresh(book, chapter)
+    notebooks.execute(book, chapter)
+    (package / "maths").rename(package / "mathematics")
+    assert not notebooks.is_fresh(book, chapter)
+
+
+def pictures(book, chapter):
+    cells = nbformat.read(notebooks.published(book, chapter), as_version=4).cells
+    return [kind for cell in cells for output in cell.get("outputs", []) for kind in output.get("data", {})
+            if kind.startswith("image/")]  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ["shell", "shell of another kind", "settings"])
+def test_pictures_go_to_the_page_whatever_backend_is_chosen(tmp_path, monkeypatch, where):
+    monkeypatch.delenv("MPLBACKEND", raising=False)
+    if where == "settings":
+        (tmp_path / "matplotlibrc").write_text("backend: Agg\n")
+        monkeypatch.setenv("MATPLOTLIBRC", str(tmp_path / "matplotlibrc"))
+    else:
+        monkeypatch.setenv("MPLBACKEND", "Agg" if where == "shell" else "svg")
+    before = dict(os.environ)
+    book = manifest.load(tiny.write(tmp_path, ("01-one", "One", tiny.FIGURE)))
+    notebooks.execute(book, book.chapters[0])
+    assert pictures(book, book.chapters[0]) == ["image/png"]
+    assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("ax.plot([0, 1])\nplt.show()", "ax.plot([0, 1])\nplt.close()"),
+        (
+            "import matplotlib.pyplot as plt",
+            "import matplotlib.pyplot as plt\nplt.switch_backend('Agg')",
+        ),
+        ("fig, ax = plt.subplots()\nax.plot([0, 1])\nplt.show()", "print('a table of numbers')"),
+    ],
+)
+def test_a_figure_without_a_picture_fails(tmp_path, old, new):
+    assert old in tiny.FIGURE
+    first = tiny.code("one = 1")
+    book = manifest.load(tiny.write(tmp_path, ("01-one", "One", first + tiny.FIGURE.replace(old, new))))
+    with pytest.raises(ChapterError, match=r"^01-one, code cell 2 \(import matplotlib.*no picture came out of "):
+        notebooks.execute(book, book.chapters[0])
+    assert not notebooks.published(book, book.chapters[0]).exists()
+
+
+def test_a_picture_of_another_kind_is_one(tmp_path):
+    svg = "from IPython.display import SVG\nSVG('<svg xmlns=\"http://www.w3.org/2000/svg\"/>')\n```\n"
+    figure = tiny.FIGURE.partition("import matplotlib")[0] + svg
+    book = manifest.load(tiny.write(tmp_path, ("01-one", "One", figure)))
+    notebooks.execute(book, book.chapters[0])
+    assert pictures(book, book.chapters[0]) == ["image/svg+xml"]
 
 
 @pytest.mark.parametrize(
@@ -131,6 +186,8 @@ def test_pytest_reports_chapters(tmp_path):
         c05_gpu={"device": "gpu"},
     )
     tiny.install_tools(root)
+    collector = root / "tools" / "collector.py"
+    collector.write_text(re.sub("^HARD_STOP = .*$", "HARD_STOP = 4", collector.read_text(), flags=re.MULTILINE))
     report = tiny.run(root, "pytest", "-v", "-rfs", "--nbmake", "chapters").stdout
     lines = report.splitlines()
 
@@ -138,15 +195,53 @@ def test_pytest_reports_chapters(tmp_path):
         return any(all(piece in line for piece in pieces) for line in lines)
 
     assert has("chapters/01-good.md::Good PASSED (took ", " s, budget 30 s; checks tried in ")
-    assert has("FAILED chapters/02-slow.md::Slow - 02-slow: took ", " s, budget 1 s: make it smaller")
+    assert has("chapters/02-slow.md::Slow PASSED (took ", " s, budget 1 s; checks tried in ")
+    assert [line for line in lines if line.startswith("0") and ": took " in line and "budget 1 s" in line]
     assert has("FAILED chapters/03-wrong.md::Wrong - 03-wrong, code cell 1 (1 / 0): ZeroDivisionError")
-    assert has("FAILED chapters/04-endless.md::Endless - 04-endless: stopped after 5 times its budget of 1 s")
+    assert has("FAILED chapters/04-endless.md::Endless - 04-endless: stopped after 4 times its budget of 1 s")
     assert has("SKIPPED", "this chapter needs a GPU, and there is none here")
+    assert "2 failed, 2 passed, 1 skipped" in report
 
     # A reader who makes the book waits for a slow chapter and gets it; nothing is executed twice.
     report = tiny.run(root, "pytest", "-v", "--nbmake", "--reuse", "chapters/01-good.md", "chapters/02-slow.md")
     assert report.returncode == 0, report.stdout
     assert report.stdout.count("REUSED") == 2
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["alone", "two workers"])
+def test_a_chapter_over_its_budget_is_a_warning(tmp_path, workers):
+    slow = tiny.code("import time\ntime.sleep(1)")
+    root = tiny.write(tmp_path, ("01-slow", "Slow", slow), ("02-good", "Good", ""), c01_slow={"budget_s": 1})
+    tiny.install_tools(root)
+    said = re.compile(r"01-slow: took (\d+\.\d) s, budget 1 s: if this machine is quiet, make it smaller")
+
+    report = tiny.run(root, "pytest", "-q", *workers, "--nbmake", "chapters")
+    assert report.returncode == 0, report.stdout
+    (seconds,) = said.findall(report.stdout)
+    assert float(seconds) > 1
+
+    report = tiny.run(root, "pytest", "-q", *workers, "--nbmake", "--strict-budgets", "chapters")
+    assert report.returncode == 1
+    assert re.search("^FAILED chapters/01-slow.md::Slow - " + said.pattern, report.stdout, re.MULTILINE)
+    assert "1 failed, 1 passed" in report.stdout
+
+
+def test_only_listed_chapters_run(tmp_path):
+    """Notes, a chapter that is being written, a notebook that Jupyter made: none is executed, none is in the way."""
+    root = tiny.install_tools(tiny.write(tmp_path, ("01-one", "One", tiny.CLAIM)))
+    stray = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("open('../ran', 'w').write('it did')\n1 / 0")])
+    for place in ("chapters/untitled.ipynb", "chapters/notes/more.ipynb", "out/notebooks/old.ipynb", "mine.ipynb"):
+        (root / place).parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(stray, root / place)
+    (root / "chapters" / "untitled.md").write_text(tiny.HEADER + tiny.code("1 / 0"))
+    (root / "chapters" / "note.md").write_text("---\nnot: [yaml\n---\nno notebook at all\n")
+    for target in ("chapters", "."):
+        report = tiny.run(root, "pytest", "-q", "--nbmake", target)
+        assert report.returncode == 0, report.stdout
+        assert "1 passed" in report.stdout or target == "."
+        assert "untitled.ipynb is not listed in book.toml, and was left out" in report.stdout
+        assert "untitled.md is not listed in book.toml, and was left out" in report.stdout
+    assert not list(root.rglob("ran"))
 
 
 def test_pytest_names_what_is_wrong_with_the_list(tmp_path):

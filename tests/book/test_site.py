@@ -66,10 +66,12 @@ def book(tmp_path_factory):
     tiny.install_tools(root)
     (root / "chapters" / "references.bib").write_text(BIBLIOGRAPHY)
     (root / "chapters" / "index.md").write_text("# A tiny book\n\nHome.\n")
-    report = tiny.run(root, "pytest", "--nbmake", "chapters")
+    (root / "chapters" / "untitled.md").write_text("somebody's notes, listed nowhere\n")
+    report = tiny.run(root, "pytest", "--nbmake", "chapters", MPLBACKEND="Agg")  # as in the shell of a cluster
     assert report.returncode == 0, report.stdout
-    report = tiny.run(root, "tools.site")
+    report = tiny.run(root, "tools.site", MPLBACKEND="Agg")
     assert report.returncode == 0, report.stderr
+    assert "chapters/untitled.md is not listed in book.toml, and was left out" in report.stdout
     assert str(root / "out" / "html" / "index.html") in report.stdout
     return manifest.load(root)
 
@@ -92,6 +94,8 @@ def test_numbers_are_those_of_the_chapters(html):
     assert "See Theorem 1.1, Exercise 1.1, (8.1), Fig. 8.1 and [Somebody, 2020]." in text
     assert "Lemma 8.1 (Four)" in text
     assert "Fig. 8.1 A line." in text
+    assert 'alt="A line from left to right."' in html["08-eight"]
+    assert "untitled" not in html
     assert "Builds on One." in text
 
 
@@ -111,8 +115,8 @@ def test_exercise_shows_the_stub_and_hides_the_solution(html):
 
 def test_the_ledger_links_claim_check_room_and_test(html):
     text = text_of(html["ledger"])
-    assert "Theorem 1.1: Sums chapter 1, cell 2 algebra.kron_matvec test_sum" in text
-    assert "Lemma 8.1: Four chapter 8, cell 2 algebra.kron_matvec test_sum" in text
+    assert "Theorem 1.1: Sums chapter 1, cell 2 maths.algebra.kron_matvec test_sum" in text
+    assert "Lemma 8.1: Four chapter 8, cell 2 maths.algebra.kron_matvec test_sum" in text
     assert "return G @ V @ A.mT" in text
     for target in re.findall(r'href="(0[18]-\w+\.html)#(check-[\w-]+)"', html["ledger"]):
         assert f'id="{target[1]}"' in html[target[0].removesuffix(".html")]

@@ -99,6 +99,24 @@ def code(text: str) -> str:
     return f"\n```{{code-cell}} ipython3\n{text}\n```\n"
 
 
+FIGURE = """
+```{code-cell} ipython3
+---
+mystnb:
+  figure:
+    name: fig-line
+    caption: A line.
+  image:
+    alt: A line from left to right.
+---
+import matplotlib.pyplot as plt
+fig, ax = plt.subplots()
+ax.plot([0, 1])
+plt.show()
+```
+"""
+
+
 def entry(slug: str, title: str, tier: str = "core", **more: object) -> str:
     lines = [f"{key} = {value if isinstance(value, int) else repr(value)}" for key, value in more.items()]
     return "\n".join(["[[part.chapter]]", f'slug = "{slug}"', f'title = "{title}"', f'tier = "{tier}"', *lines, "", ""])
@@ -124,17 +142,17 @@ def install_tools(root: Path) -> Path:
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "conftest.py", root)
     (root / "pytest.ini").write_text("[pytest]\npythonpath = .\n", encoding="utf-8")
-    package = root / "kfqn_core"
-    package.mkdir()
-    (package / "__init__.py").touch()
     source = 'def kron_matvec(A, G, V):\n    """The room."""\n    return G @ V @ A.mT\n'
-    (package / "algebra.py").write_text(source, encoding="utf-8")
+    for name, text in (("__init__", ""), ("maths/__init__", ""), ("maths/algebra", source)):
+        file = root / "kfqn_core" / f"{name}.py"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text, encoding="utf-8")
     return root
 
 
-def run(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`python -m ...` in the tiny book, on a machine without a GPU."""
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+def run(root: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`python -m ...` in the tiny book, on a machine without a GPU, with further environment `variables`."""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"} | variables
     return subprocess.run(
         [sys.executable, "-m", *arguments], cwd=root, env=environment, capture_output=True, text=True, timeout=120
     )

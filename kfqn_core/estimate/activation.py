@@ -1,0 +1,230 @@
+"""`H_a ~ (A + lambda_A I)^-1`: the interface of an activation factor, and the forms that keep it by Hessian action.
+
+Derived in chapter 6. A factor serves layers of one shape at once: `B` counts the groups of all of them. The low-rank
+form has a room of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kfqn_core.estimate.inverses import DenseInverse, acceptable, positive_inverse
+from kfqn_core.estimate.statistics import Statistics
+from kfqn_core.maths.columns import Columns
+
+EVERYWHERE = torch.tensor(True)
+DECAY = 0.9  # weight of the past in the running averages of the forms that keep less than a matrix
+
+
+class Sizes(Protocol):
+    """What a factor asks of a layer: a `LayerView` is one."""
+
+    groups: int
+    d_in: int
+
+
+class Activation(Protocol):
+    """What the optimizer asks of an activation factor. A new kind is a class with these members.
+
+    Attributes:
+        damping: `lambda_A`, a number or `[B, 1]`; it may be changed between updates.
+        every_step: whether it learns from every mini-batch, and not only when curvature is updated.
+    """
+
+    damping: float | Tensor
+    every_step: bool
+
+    @property
+    def H(self) -> Tensor:
+        """`H_a`, `[B, d_in, d_in]`: for inspection and tests."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that lives from one step to the next, by name, `[B, ...]` each."""
+
+    def start(self, statistics: Statistics, where: Tensor = EVERYWHERE) -> Tensor:
+        """From the first mini-batch, where `where` (`[B]` or one for all) holds and the result is finite; returns where."""
+
+    def start_from(self, A: Tensor, where: Tensor = EVERYWHERE) -> Tensor:
+        """`start` from a formed `A` `[B, d_in, d_in]`: the warm start."""
+
+    def average(self, statistics: Statistics, where: Tensor = EVERYWHERE) -> None:
+        """Learn from a mini-batch in whose step curvature is not updated, if `every_step`."""
+
+    def update(self, statistics: Statistics, where: Tensor = EVERYWHERE, decay: float = DECAY) -> None:
+        """One update, where `where` `[B]` holds and the result is finite; `decay` weighs the past of a running form."""
+
+    def precondition(self, M: Columns) -> Columns:
+        """`M H_a`, `[B, d_out, d_in]` with the bias column apart."""
+
+
+class ActivationFactor:
+    """`H_a`, by Hessian action: a BFGS update whose pair is `(H_a abar, (A + lambda_A I) H_a abar)`.
+
+    The curvature along the pair is exact, `s'y = s'(A + lambda_A I)s > 0`, so no damping is needed (chapter 6).
+
+    Args:
+        sizes: `groups` and `d_in` of the layer.
+        damping: `lambda_A`, added to the diagonal of `A`.
+        decay: weight of the past in the running average of `A`. `None` keeps no `A` at all: its action is taken from
+            the current mini-batch, without forming it.
+
+    Attributes:
+        A: `[B, d_in, d_in]` running average, or `None`.
+        inverse: `H_a`, `[B, d_in, d_in]`; the identity until `start`.
+    """
+
+    def __init__(
+        self, sizes: Sizes, damping: float | Tensor, decay: float | None, *, dtype: torch.dtype, device: torch.device
+    ):
+        self.damping = damping
+        self.decay = decay
+        shape = (sizes.groups, sizes.d_in, sizes.d_in)
+        self.A = None if decay is None else torch.zeros(shape, dtype=dtype, device=device)
+        self.inverse = DenseInverse(sizes.d_in, groups=sizes.groups, dtype=dtype, device=device)
+
+    @property
+    def every_step(self) -> bool:
+        """A running average looks at every mini-batch."""
+        return self.A is not None
+
+    @property
+    def H(self) -> Tensor:
+        """`H_a`, `[B, d_in, d_in]`."""
+        return self.inverse.H
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that lives from one step to the next, by name."""
+        average = {} if self.A is None else {"A": self.A}
+        return {**average, "H_a": self.inverse.H}
+
+    def start(self, statistics: Statistics, where: Tensor = EVERYWHERE) -> Tensor:
+        """`start_from` the `A` of the first mini-batch."""
+        return self.start_from(statistics.second_moment(), where)
+
+    def start_from(self, A: Tensor, where: Tensor = EVERYWHERE) -> Tensor:
+        """`H_a = (A + lambda_A I)^-1`, the only inversion of its life, where `where` holds and `A` is finite.
+
+        Args:
+            A: `[B, d_in, d_in]`, from a warm start or the first mini-batch.
+            where: bool, `[B]`.
+
+        Returns:
+            Where it was so, bool `[B]`.
+        """
+        H = self.inverse.H
+        A = A.to(H.dtype)
+        where = where & (torch.linalg.vector_norm(A, torch.inf, dim=(-2, -1)) < torch.inf)
+        matrices = where.reshape(-1, 1, 1)
+        A = torch.where(matrices, A, 0.0)
+        if self.A is not None:
+            self.A.copy_(torch.where(matrices, A, self.A))
+        H.copy_(torch.where(matrices, positive_inverse(A, _vector(self.damping)), H))
+        return where
+
+    def precondition(self, M: Columns) -> Columns:
+        """`M H_a`, one product of matrices."""
+        return M.times(self.inverse.H)
+
+    def average(self, statistics: Statistics, where: Tensor = EVERYWHERE) -> None:
+        """`A <- decay A + (1 - decay) A_batch` where `where` `[B]` holds.
+
+        Raises:
+            ValueError: if no average is kept.
+        """
+        if self.A is None or self.decay is None:
+            raise ValueError("this factor keeps no A: it was made with decay=None; give a decay in [0, 1)")
+        A = statistics.second_moment().to(self.A.dtype)
+        self.A.lerp_(torch.where(where.reshape(-1, 1, 1), A, self.A), 1.0 - self.decay)
+
+    def pair(self, statistics: Statistics) -> tuple[Tensor, Tensor, Tensor]:
+        """`s = H_a abar`, `y = (A + lambda_A I) s` and abar, `[B, d_in]` each."""
+        H = self.inverse.H
+        a_mean = statistics.mean_input().to(H.dtype)
+        s = torch.bmm(H, a_mean.unsqueeze(-1)).squeeze(-1)
+        action = statistics.activation_action(s) if self.A is None else torch.bmm(self.A, s.unsqueeze(-1)).squeeze(-1)
+        return s, action.to(H.dtype) + self.damping * s, a_mean
+
+    def update(self, statistics: Statistics, where: Tensor = EVERYWHERE, decay: float = DECAY) -> None:
+        """One BFGS update with `pair`, where `where` `[B]` holds and the pair is `acceptable`."""
+        s, y, a_mean = self.pair(statistics)
+        self.inverse.append(s, y, acceptable(s, y, a_mean) & where)
+
+
+class ExactActivationFactor(ActivationFactor):
+    """`H_a` by inverting `A + lambda_A I` at every update: what the Hessian action approximates (chapter 6).
+
+    The `A` is the running average, or with `decay=None` that of the current mini-batch. For comparison: it has not been
+    found to train better.
+    """
+
+    def update(self, statistics: Statistics, where: Tensor = EVERYWHERE, decay: float = DECAY) -> None:
+        """Invert, where `where` holds and the result is finite."""
+        H = self.inverse.H
+        A = statistics.second_moment().to(H.dtype) if self.A is None else self.A
+        where = where & (torch.linalg.vector_norm(A, torch.inf, dim=(-2, -1)) < torch.inf)
+        A = torch.where(where.reshape(-1, 1, 1), A, 0.0)
+        H.copy_(torch.where(where.reshape(-1, 1, 1), positive_inverse(A, _vector(self.damping)), H))
+
+
+class DiagonalActivationFactor:
+    """`H_a = diag(1 / (d + lambda_A))` with the running diagonal `d` of `A`.
+
+    Where nothing else is in `A` (embeddings), or where more would cost more than the weight itself: `d_in` numbers for
+    each group.
+
+    Attributes:
+        d: `[B, d_in]`.
+    """
+
+    every_step = False
+
+    def __init__(self, sizes: Sizes, damping: float | Tensor, *, dtype: torch.dtype, device: torch.device):
+        self.damping = damping
+        self.d = torch.ones(sizes.groups, sizes.d_in, dtype=dtype, device=device)
+
+    @property
+    def e(self) -> Tensor:
+        """The diagonal of `H_a`, `[B, d_in]`."""
+        return 1 / (self.d + self.damping)
+
+    @property
+    def H(self) -> Tensor:
+        """`H_a` as a matrix, `[B, d_in, d_in]`: for inspection and tests."""
+        return torch.diag_embed(self.e)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that lives from one step to the next, by name."""
+        return {"d": self.d}
+
+    def start(self, statistics: Statistics, where: Tensor = EVERYWHERE) -> Tensor:
+        """`d` of the first mini-batch."""
+        return self._take(statistics.diagonal(), where, 0.0)
+
+    def start_from(self, A: Tensor, where: Tensor = EVERYWHERE) -> Tensor:
+        """`d` of a formed `A`."""
+        return self._take(A.diagonal(dim1=-2, dim2=-1), where, 0.0)
+
+    def average(self, statistics: Statistics, where: Tensor = EVERYWHERE) -> None:
+        """Nothing: it learns when curvature is updated."""
+
+    def update(self, statistics: Statistics, where: Tensor = EVERYWHERE, decay: float = DECAY) -> None:
+        """`d <- decay d + (1 - decay) d_batch`."""
+        self._take(statistics.diagonal(), where, decay)
+
+    def _take(self, d: Tensor, where: Tensor, decay: float) -> Tensor:
+        d = d.to(self.d.dtype)
+        where = where & (torch.linalg.vector_norm(d, torch.inf, dim=-1) < torch.inf)
+        self.d.lerp_(torch.where(where.reshape(-1, 1), d, self.d), 1.0 - decay)
+        return where
+
+    def precondition(self, M: Columns) -> Columns:
+        """`M H_a`, entry by entry."""
+        return M.scaled(self.e)
+
+
+def _vector(damping: float | Tensor) -> float | Tensor:
+    """A number, or `[B]` from `[B, 1]`."""
+    return damping.squeeze(-1) if isinstance(damping, Tensor) else damping

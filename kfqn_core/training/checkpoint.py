@@ -1,0 +1,67 @@
+"""The state of the optimizer in torch's form: an entry for every parameter, counters in the parameter groups.
+
+So it passes through everything that knows `torch.optim`: `torch.save`, `torch.distributed.checkpoint`, trainers.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfqn_core.training.fallback import Fallback
+from kfqn_core.training.plan import Plan
+
+COUNTERS = ("steps", "skipped_steps", "warm_started")
+
+
+def states(plan: Plan, fallback: Fallback) -> dict[Tensor, dict[str, Tensor]]:
+    """The state of every parameter by name, views of what the groups hold: made here, and not kept."""
+    state: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
+    for group, _ in plan.groups:
+        for i, layer in enumerate(group.layers):
+            state[layer.weight], bias = group.state(i)
+            if layer.bias is not None:
+                state[layer.bias] = bias
+    for params in plan.rest:
+        state.update({p: fallback.state[p] for p in params})
+    return state
+
+
+def check(state_dict: Mapping[str, Any]) -> None:
+    """Raise ValueError unless this is a state of KFQN that can be loaded."""
+    if "kfqn" in state_dict:
+        raise ValueError(
+            "this state was saved by kfqn-core before 0.2, which kept every layer by itself: load it there and save the "
+            "model, or start the optimizer anew (its factors are estimated again within a few steps)"
+        )
+    groups = state_dict.get("param_groups", [])
+    if not groups or any(counter not in group for group in groups for counter in COUNTERS):
+        raise ValueError(f"this is not a state of KFQN: its keys are {sorted(state_dict)}")
+
+
+def check_tensors(plan: Plan, fallback: Fallback, saved: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
+    """Raise ValueError if a saved state was made with other options or for another model."""
+    for group, _ in plan.groups:
+        for i, layer in enumerate(group.layers):
+            group.check(i, saved[layer.weight], saved[layer.bias] if layer.bias is not None else {})
+    for p in (p for params in plan.rest for p in params):
+        if {k: v.shape for k, v in fallback.state[p].items()} != {k: v.shape for k, v in saved[p].items()}:
+            raise ValueError(
+                f"the saved state does not fit a parameter of shape {tuple(p.shape)}: it holds {sorted(saved[p])}, and "
+                f"{sorted(fallback.state[p])} is needed; create KFQN with the model and the options it was saved with"
+            )
+
+
+@torch.no_grad()
+def load(plan: Plan, fallback: Fallback, saved: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
+    """Copy the saved state of every parameter. Factors keep the dtype and device they have here."""
+    for group, _ in plan.groups:
+        for i, layer in enumerate(group.layers):
+            group.load(i, saved[layer.weight], saved[layer.bias] if layer.bias is not None else {})
+    for p in (p for params in plan.rest for p in params):
+        for key, value in saved[p].items():
+            fallback.state[p][key].copy_(value)

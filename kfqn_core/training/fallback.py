@@ -1,0 +1,102 @@
+"""How parameters move that no factor covers: by Adam, or, as in the papers, by their averaged gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adam import adam
+
+
+class Fallback:
+    """Adam for the rest of the parameters, with a rate of its own; or heavy-ball momentum at the layers' rate.
+
+    The arithmetic is torch's. Complex parameters move as pairs of real numbers, which is what torch's Adam does.
+
+    Args:
+        by_adam: whether parameters move by Adam; else by `lr` times their averaged gradient.
+
+    Attributes:
+        state: of each parameter, under torch's names: `step`, `exp_avg`, `exp_avg_sq`; or `M`.
+    """
+
+    def __init__(self, *, by_adam: bool):
+        self.by_adam = by_adam
+        self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
+
+    def adopt(self, p: nn.Parameter, device: torch.device | None = None) -> None:
+        """Allocate the state of a parameter, or let what there is follow it to its device (or `device`) and dtype."""
+        if p not in self.state:
+            device = device or p.device
+            names = ("exp_avg", "exp_avg_sq") if self.by_adam else ("M",)
+            moments = {name: torch.zeros_like(p, requires_grad=False, device=device) for name in names}
+            counter = {"step": torch.zeros((), dtype=torch.float32, device=device)} if self.by_adam else {}
+            self.state[p] = {**counter, **moments}
+            return
+        for name, value in self.state[p].items():
+            dtype = value.dtype if name == "step" else p.dtype
+            if value.device != p.device or value.dtype != dtype:
+                self.state[p][name] = value.to(p.device, dtype)
+
+    def replace(self, old: nn.Parameter, new: nn.Parameter) -> None:
+        """What was learnt of `old` is `new`'s."""
+        if old in self.state and old.shape == new.shape:
+            self.state[new] = self.state.pop(old)
+
+    def move(self, params: list[nn.Parameter], settings: Mapping[str, Any], finite: Tensor) -> None:
+        """One step of `params`, all of which have a gradient, where the bool scalar `finite` holds.
+
+        Args:
+            params: of one parameter group.
+            settings: that group.
+            finite: where it does not hold, nothing changes, states included.
+        """
+        for device in {p.device for p in params}:
+            own = [p for p in params if p.device == device]
+            if self.by_adam:
+                self._move_by_adam(own, settings, finite.to(device))
+            else:
+                self._move_by_momentum(own, settings, finite.to(device))
+
+    def _move_by_adam(self, params: list[nn.Parameter], settings: Mapping[str, Any], finite: Tensor) -> None:
+        decay, rate = settings["weight_decay"], fallback_rate(settings)
+        if settings["decoupled_weight_decay"] and decay:
+            torch._foreach_mul_(params, 1.0 - finite.to(torch.float32) * (rate * decay))
+            decay = 0.0
+        states = [self.state[p] for p in params]
+        adam(
+            [_real(p.detach()) for p in params], [_real(p.grad) for p in params if p.grad is not None],
+            [_real(s["exp_avg"]) for s in states], [_real(s["exp_avg_sq"]) for s in states], [],
+            [s["step"] for s in states],
+            # The fused kernel leaves everything as it was where found_inf is 1, without asking the host.
+            fused=True, found_inf=(~finite).float(), amsgrad=False, beta1=settings["betas"][0],
+            beta2=settings["betas"][1], lr=rate, weight_decay=decay, eps=settings["eps"], maximize=False,
+        )  # fmt: skip
+
+    def _move_by_momentum(self, params: list[nn.Parameter], settings: Mapping[str, Any], finite: Tensor) -> None:
+        decay = settings["weight_decay"]
+        for p in params:
+            assert p.grad is not None
+            M, weight = self.state[p]["M"], finite.to(_real(p).dtype)
+            gradient = p.grad
+            if settings["decoupled_weight_decay"]:
+                p.mul_(1.0 - weight * settings["lr"] * decay)
+            elif decay:
+                gradient = gradient.add(p, alpha=decay)
+            M.lerp_(torch.where(finite, gradient, M), 1.0 - settings["momentum"])
+            p.sub_(torch.where(finite, settings["lr"] * M, 0.0))
+
+
+def fallback_rate(settings: Mapping[str, Any]) -> Any:
+    """Adam's rate in a parameter group: `fallback_lr` as scheduled, that is times `lr` over the `lr` it began with."""
+    if not settings["curvature"]:
+        return settings["lr"]
+    begun = settings["base_lr"]
+    return settings["fallback_lr"] * (settings["lr"] / begun) if begun else settings["fallback_lr"] * 0.0
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """A complex tensor as pairs of real numbers, a view; any other as it is."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

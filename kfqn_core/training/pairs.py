@@ -1,0 +1,137 @@
+"""Where the secant pairs of `H_g` come from: nowhere, from the next mini-batch, or from a second look at this one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kfqn_core.estimate.hooks import Hooks
+from kfqn_core.estimate.statistics import Record, serials
+from kfqn_core.parallel.ranks import Ranks
+from kfqn_core.training.groups import Group
+from kfqn_core.training.second_pass import SecondPass
+
+
+class Pairs(Protocol):
+    """A source of pairs.
+
+    Attributes:
+        every_step: whether it looks at every mini-batch, and not only when curvature is updated.
+    """
+
+    every_step: bool
+
+    def evaluate(self, closure: Callable[[], Any] | None, refresh: bool) -> Any:
+        """Run the closure, if there is one, and return its loss. RuntimeError if one is needed."""
+
+    def learn(
+        self, groups: Sequence[Group], hooks: Hooks, records: Mapping[str, Record], finite: Tensor, refresh: bool
+    ) -> None:
+        """After the move: update every `H_g`, where the bool scalar `finite` holds."""
+
+
+class NoPairs:
+    """`H_g` is the identity."""
+
+    every_step = False
+
+    def evaluate(self, closure: Callable[[], Any] | None, refresh: bool) -> Any:
+        """The closure's loss, or None."""
+        with torch.enable_grad():
+            return closure and closure()
+
+    def learn(
+        self, groups: Sequence[Group], hooks: Hooks, records: Mapping[str, Record], finite: Tensor, refresh: bool
+    ) -> None:
+        """Nothing."""
+
+
+class NextBatch(NoPairs):
+    """Differences of consecutive mini-batches, which cost nothing and are noisy (chapter 2)."""
+
+    every_step = True
+
+    def learn(
+        self, groups: Sequence[Group], hooks: Hooks, records: Mapping[str, Record], finite: Tensor, refresh: bool
+    ) -> None:
+        """Compare with the mini-batch before, and remember this one."""
+        for group in groups:
+            batch = group.batch(records, outputs=True)
+            if batch is not None:
+                group.learn_from_next(batch, refresh, finite.to(group.started.device))
+
+
+class SamePoint(NoPairs):
+    """The same mini-batch evaluated before and after the step: the papers' rule (chapter 8).
+
+    Args:
+        model: that the closure evaluates.
+        parameters: gives the parameters of the optimizer.
+        ranks: that must not notice the second evaluation.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Callable[[], Sequence[nn.Parameter]], ranks: Ranks):
+        self._model, self._parameters, self._ranks = model, parameters, ranks
+        self._closure: Callable[[], Any] | None = None
+        self._again: SecondPass | None = None
+        self.evaluating = False  # for the second time
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_closure": None, "_again": None}
+
+    def evaluate(self, closure: Callable[[], Any] | None, refresh: bool) -> Any:
+        """The closure's loss, for the first time.
+
+        Raises:
+            RuntimeError: without a closure.
+        """
+        if closure is None:
+            raise RuntimeError(
+                'pairs="second_pass" evaluates the mini-batch again after the step: call step(closure) with a closure '
+                "that zeroes gradients, computes the loss, calls backward and returns the loss"
+            )
+        self._closure, self._began = closure, next(serials)
+        self._again = SecondPass(self._model, self._parameters()) if refresh else None
+        with torch.enable_grad():
+            loss = closure()
+        if self._again is not None:
+            self._again.protect(loss)
+        return loss
+
+    def learn(
+        self, groups: Sequence[Group], hooks: Hooks, records: Mapping[str, Record], finite: Tensor, refresh: bool
+    ) -> None:
+        """Evaluate again, and compare what ran inside the closure."""
+        if self._again is None or self._closure is None:
+            return
+        after = self._evaluate_again(hooks)
+        before = {name: record.since(self._began) for name, record in records.items()}
+        # A layer of which the two evaluations show different uses has no pair: they are not comparable.
+        alike = [name for name in before if name in after and before[name].uses_alike(after[name])]
+        for group in groups:
+            batches = [group.batch({n: of[n] for n in alike}, outputs=True) for of in (before, after)]
+            if batches[0] is not None and batches[1] is not None:
+                group.learn(batches[0], batches[1], finite.to(group.started.device))
+
+    def _evaluate_again(self, hooks: Hooks) -> dict[str, Record]:
+        assert self._again is not None
+        assert self._closure is not None
+        self.evaluating = True
+        try:
+            with hooks.second_pass(), self._ranks.apart():
+                self._again.evaluate(self._closure)
+                return hooks.pop()
+        except Exception as error:  # the weights have moved: a step is not half done
+            warnings.warn(
+                f"the second evaluation of the closure failed ({type(error).__name__}: {error}), so this step has no "
+                "pair for H_g: a closure for pairs=\"second_pass\" must be able to run twice, the second time with "
+                "frozen parameters",
+                stacklevel=6,
+            )
+            return {}
+        finally:
+            self.evaluating, self._again, self._closure = False, None, None

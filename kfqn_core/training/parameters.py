@@ -1,0 +1,62 @@
+"""The parameters of an optimizer: what torch.optim takes, for a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def groups_of(model: nn.Module, params: Iterable[Any] | None) -> list[Any]:
+    """What `torch.optim.Optimizer` is to get: `params`, or if that is None every parameter of the model.
+
+    Raises:
+        ValueError: if a parameter has no size yet.
+        TypeError: if `params` is a single tensor.
+    """
+    lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
+    if lazy:
+        raise ValueError(f"{lazy[0]!r} does not know its size yet: run one forward pass before the optimizer is made")
+    if params is None:
+        return [{"params": list(model.parameters())}]
+    if isinstance(params, Tensor):
+        raise TypeError("params must be an iterable of parameters or of group dicts, got one tensor: pass [tensor]")
+    return list(params)
+
+
+def refuse_sparse(params: Iterable[Tensor]) -> None:
+    """Raise RuntimeError if a gradient is sparse."""
+    for p in params:
+        if p.grad is not None and p.grad.is_sparse:
+            raise RuntimeError(
+                f"a parameter of shape {tuple(p.shape)} has a sparse gradient, which neither Adam nor KFQN moves: "
+                "make its embedding with sparse=False, or leave it out (KFQN(model, params=[...])) and give it to "
+                "torch.optim.SparseAdam"
+            )
+
+
+def follow(
+    model: nn.Module, groups: list[dict[str, Any]], known: Mapping[str, nn.Parameter], *, whole: bool
+) -> list[tuple[nn.Parameter, nn.Parameter]]:  # fmt: skip
+    """Bring parameter groups up to date with the model: parameters that were replaced, and, if `whole`, added ones.
+
+    Args:
+        model: as it is now.
+        groups: of the optimizer, changed in place.
+        known: the parameters of the model by name, as they were.
+        whole: whether the first group is every parameter of the model that is in no other.
+
+    Returns:
+        Pairs of a parameter that is gone and the one in its place.
+    """
+    now = dict(model.named_parameters())
+    replaced = [(old, now[name]) for name, old in known.items() if name in now and now[name] is not old]
+    new_of = {id(old): new for old, new in replaced}
+    for group in groups:
+        group["params"] = [new_of.get(id(p), p) for p in group["params"]]
+    if whole:
+        others = {id(p) for group in groups[1:] for p in group["params"]}
+        groups[0]["params"] = [p for p in model.parameters() if id(p) not in others]
+        groups[0].pop("param_names", None)
+    return replaced

@@ -1,0 +1,199 @@
+"""Which parameter moves how: layers in groups, and the rest. Made anew whenever the model is no longer what it was.
+
+A parameter may be frozen, unfrozen, moved to another device, cast, replaced (`load_state_dict(assign=True)`) or added
+(an adapter) after the optimizer was made. The plan notices by looking, once a step, at objects and flags that the host
+holds; what was learnt of a layer goes along into the next plan by its name.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfqn_core.estimate.hooks import Hooks
+from kfqn_core.estimate.statistics import Record
+from kfqn_core.parallel.ranks import Ranks
+from kfqn_core.training.fallback import Fallback
+from kfqn_core.training.groups import Group
+from kfqn_core.training.options import Options
+from kfqn_core.training.selection import Selected, activation_factors, curvature_layers, shape_key
+
+ROWS = 4096  # input vectors that "auto", and a low-rank factor, look at in a mini-batch: more cost time and add little
+
+
+class Plan:
+    """Groups of layers, the rest, and the hooks.
+
+    Args:
+        model: any module.
+        options: of the method.
+        param_groups: those of the optimizer.
+        ranks: over which statistics are averaged.
+        fallback: what moves the rest; it keeps its state.
+        refused: names of layers that are left to the fallback.
+        last: the plan before, from which states are taken over.
+        device: of the state, if not that of the parameters: on "meta" this is a plan and nothing more.
+
+    Attributes:
+        groups: of layers of one shape; each with the indices of the parameter groups of its weights and biases.
+        places: by layer name, its group and its number there.
+        kinds: by layer name, the form of its activation factor.
+        rest: the parameters that the fallback moves, by parameter group.
+        new: names of layers that the plan before did not hold, or not as this matrix.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        options: Options,
+        param_groups: Sequence[Mapping[str, Any]],
+        ranks: Ranks,
+        fallback: Fallback,
+        refused: frozenset[str] = frozenset(),
+        last: Plan | None = None,
+        device: torch.device | None = None,
+    ):
+        self.model, self.options, self._ranks = model, options, ranks
+        where = {id(p): i for i, group in enumerate(param_groups) for p in group["params"]}
+
+        def may_move(p: nn.Parameter) -> bool:
+            return p.requires_grad and id(p) in where and param_groups[where[id(p)]]["curvature"]
+
+        layers = {n: layer for n, layer in curvature_layers(model, may_move).items() if n not in refused}
+        if options.pairs is not None:
+            layers = {name: layer for name, layer in layers.items() if getattr(layer.part, 'shows_h', True)}
+        self.kinds = self._kinds(layers, last)
+        members: dict[tuple[Any, ...], list[Selected]] = {}
+        for name, layer in layers.items():
+            of = tuple(where[id(p)] for p in (layer.weight, layer.bias if layer.bias is not None else layer.weight))
+            own = options.of(layer.view)
+            members.setdefault((*shape_key(layer), self.kinds[name], own, of), []).append(layer)
+        self.groups = [(Group(alike, key[-3], key[-2], ranks, device), key[-1]) for key, alike in members.items()]
+        self.places = {
+            layer.name: (group, i) for group, _ in self.groups for i, layer in enumerate(group.layers)
+        }  # fmt: skip
+        covered = {id(p) for layer in layers.values() for p in layer.parameters}
+        self.rest = [
+            [p for p in group["params"] if p.requires_grad and id(p) not in covered] for group in param_groups
+        ]
+        for p in (p for params in self.rest for p in params):
+            fallback.adopt(p, device)
+        self._fingerprint = self._look(param_groups)
+        watched = {} if device is not None else {n: (layer.module, layer.part) for n, layer in layers.items()}
+        self.hooks = Hooks(watched, outputs=options.pairs is not None, ranks=ranks)
+        few = options.activation_factor in ("auto", "low_rank", "diagonal")
+        for name in self.hooks:
+            self.hooks[name].vectors = ROWS if few else None
+        self.new: set[str] = set()
+        if last is not None:
+            self._take_over(last)
+
+    def _kinds(self, layers: Mapping[str, Selected], last: Plan | None) -> dict[str, str]:
+        views = [layer.view for layer in layers.values()]
+        if self.options.activation_factor != "auto":
+            kinds = ["diagonal" if view.diagonal_only else self.options.activation_factor for view in views]
+        else:
+            # A layer that has been trained keeps the form of its factor, if it is still the same matrix.
+            given = {
+                i: last.kinds[name] for i, (name, layer) in enumerate(layers.items())
+                if last is not None and name in last.kinds and last.layer(name).view.d_in == layer.view.d_in
+            }  # fmt: skip
+            kinds = activation_factors(views, self.options.rank, given)
+        return dict(zip(layers, kinds, strict=True))
+
+    def _take_over(self, last: Plan) -> None:
+        """What was learnt of a layer goes along; of another matrix in its place (a bias was frozen), the momentum."""
+        last.hooks.remove()
+        for name, (group, i) in self.places.items():
+            if name not in last.places:
+                self.new.add(name)
+                continue
+            old, j = last.places[name]
+            weight, bias = old.state(j)
+            if (old.kind, old.layers[j].view.d_in) == (group.kind, group.layers[i].view.d_in):
+                group.load(i, weight, bias)
+                if j not in old.unsettled:
+                    group.unsettled.discard(i)
+                continue
+            self.new.add(name)
+            for own, saved in zip(group.state(i), (weight, bias), strict=True):
+                if "M" in own and "M" in saved and own["M"].shape == saved["M"].shape:
+                    own["M"].copy_(saved["M"])
+
+    def unseen(self, records: Mapping[str, Record]) -> list[str]:
+        """Layers whose weight has a gradient, which have no first estimate, and of which no use was seen.
+
+        On every rank: they must go on with the same plan.
+        """
+        names = [name for name, (group, i) in self.places.items() if i in group.unsettled]
+        flags = [
+            self.layer(name).weight.grad is not None and name not in records and not self.hooks[name].empty
+            for name in names
+        ]  # fmt: skip
+        if names and not self._ranks.alone:
+            device = self.places[names[0]][0].started.device
+            counts = self._ranks.sum(torch.tensor([float(flag) for flag in flags], device=device))
+            flags = (counts == self._ranks.size).tolist()  # waits, in the first steps
+        return [name for name, flag in zip(names, flags, strict=True) if flag]
+
+    def watch(self, refresh: bool, *, every_step: bool) -> None:
+        """Look at the mini-batches of the next step only where it needs them: between updates gradients are enough."""
+        for group, _ in self.groups:
+            if self._ranks.alone:
+                group.ask()
+            always = refresh or every_step or group.activation.every_step
+            for i, layer in enumerate(group.layers):
+                self.hooks[layer.name].watching = always or i in group.unsettled
+
+    def layer(self, name: str) -> Selected:
+        """The layer of that name."""
+        group, i = self.places[name]
+        return group.layers[i]
+
+    def holds(self, param_groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether model and parameter groups are what this plan was made for."""
+        objects, flags = self._look(param_groups, self._modules)
+        known_objects, known_flags = self._fingerprint
+        return (
+            len(objects) == len(known_objects) and all(map(operator.is_, objects, known_objects)) and flags == known_flags
+        )
+
+    def _look(
+        self, param_groups: Sequence[Mapping[str, Any]], modules: Sequence[nn.Module] | None = None
+    ) -> tuple[list[Any], list[Any]]:
+        """Every module and parameter of the model, and all flags that the plan depends on."""
+        if modules is None:
+            self._modules = modules = list(self.model.modules())
+        params = [p for module in modules for p in module._parameters.values()]
+        children = [child for module in modules for child in module._modules.values()]
+        flags = [None if p is None else (p.requires_grad, p.dtype, p.device) for p in params]
+        groups: list[Any] = [(len(group["params"]), group["curvature"]) for group in param_groups]
+        loose = [p.requires_grad for group in param_groups for p in group["params"]]
+        return params + children, flags + groups + loose
+
+    @property
+    def layer_groups(self) -> list[Group]:
+        """The groups alone."""
+        return [group for group, _ in self.groups]
+
+    def moving(self) -> list[nn.Parameter]:
+        """Every parameter of the plan that has a gradient."""
+        layers = [p for group, _ in self.groups for layer in group.layers for p in layer.parameters]
+        rest = [p for params in self.rest for p in params]
+        return [p for p in layers + rest if p.grad is not None]
+
+    def state_numbers(self, fallback: Fallback) -> int:
+        """Bytes of everything that lives from one step to the next."""
+        layers = [t for group, _ in self.groups for t in (*group.tensors().values(), *group.M, group.started)]
+        rest = [t for params in self.rest for p in params for t in fallback.state[p].values()]
+        return sum(t.numel() * t.element_size() for t in (*layers, *rest) if isinstance(t, Tensor))
+
+
+def adam_bytes(parameters: Sequence[Tensor]) -> int:
+    """Bytes of Adam's state for these parameters: two moments, and a counter."""
+    counter = torch.empty((), dtype=torch.float32).element_size()
+    return sum(2 * p.numel() * p.element_size() + counter for p in parameters)

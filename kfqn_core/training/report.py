@@ -1,0 +1,48 @@
+"""What the optimizer says about itself: how much of a model its factors cover, and what its state costs."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+
+from torch import nn
+
+from kfqn_core.training.fallback import Fallback
+from kfqn_core.training.plan import Plan, adam_bytes
+
+
+def covered_share(plan: Plan) -> float:
+    """The share of the trainable numbers that move with curvature."""
+    covered = sum(p.numel() for group, _ in plan.groups for layer in group.layers for p in layer.parameters)
+    rest = sum(p.numel() for params in plan.rest for p in params)
+    return covered / max(1, covered + rest)
+
+
+def summary(plan: Plan, fallback: Fallback) -> str:
+    """One line: coverage, layers, and the state against Adam's."""
+    params = [p for group, _ in plan.groups for layer in group.layers for p in layer.parameters]
+    params += [p for of_group in plan.rest for p in of_group]
+    ratio = plan.state_numbers(fallback) / max(1, adam_bytes(params))
+    return (
+        f"curvature for {covered_share(plan):.0%} of the weights, in {len(plan.places)} layers of "
+        f"{len(plan.groups)} shapes; state {ratio:.2f} of Adam's"
+    )
+
+
+def warn_of_coverage(plan: Plan, model: nn.Module) -> None:
+    """Warn if less than half of the trainable weights have curvature, naming the kinds of modules that hold the rest."""
+    share = covered_share(plan)
+    if share >= 0.5:
+        return
+    rest = {id(p) for params in plan.rest for p in params}
+    kinds: Counter[str] = Counter()
+    for module in model.modules():
+        for p in module._parameters.values():
+            if p is not None and id(p) in rest:
+                kinds[type(module).__name__] += p.numel()
+    named = ", ".join(kind for kind, _ in kinds.most_common(3))
+    warnings.warn(
+        f"KFQN has curvature for {share:.0%} of this model's weights; the rest, mostly in {named}, moves by Adam at "
+        "fallback_lr. kfqn_core.layers.register adds a kind of layer; describe(model) lists every parameter",
+        stacklevel=3,
+    )
