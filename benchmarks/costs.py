@@ -63,7 +63,7 @@ def step_cost_table(arguments: argparse.Namespace) -> int:
             except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
                 _print((key, name, f"fails: {type(error).__name__}: {error}"))
                 continue
-            least = floor_ratio(name, {**method.settings, "refresh": mean_interval(task, method)}, layers)
+            least = floor_ratio(name, {**method.settings, "refresh": mean_interval(method, task.steps)}, layers)
             promised = described_bytes(task, name)
             _print((
                 key, name, f"{cost.to_sgd.value:.2f}", f"{cost.to_sgd.low:.2f} to {cost.to_sgd.high:.2f}",

@@ -9,23 +9,22 @@ where all products run in one precision: Muon's are in bfloat16, which some proc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from inspect import signature
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from kfqn_core import KFQN
-from kfqn_core.estimate.low_rank import ROWS
 from kfqn_core.layers import LayerView
+from kfqn_core.training.options import Options
+from kfqn_core.training.plan import ROWS
 from kfqn_core.training.selection import activation_factors, curvature_layers
 
 __all__ = ["Shape", "floor", "floor_ratio", "forward_backward", "shapes"]
 
-
-DEFAULTS = {name: p.default for name, p in signature(KFQN).parameters.items() if p.default is not p.empty}
+SAMPLED = ("auto", "low_rank", "diagonal")  # activation factors that look at part of a large mini-batch
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,8 @@ def shapes(model: nn.Module, x: torch.Tensor) -> list[Shape]:
 
         return hook
 
-    handles = [module.register_forward_hook(watch(view)) for module, view in curvature_layers(model)[0].values()]
+    selected = curvature_layers(model).values()
+    handles = [layer.module.register_forward_hook(watch(layer.view)) for layer in selected]
     with torch.no_grad():
         model.eval()(x)
     model.train()
@@ -80,7 +80,7 @@ def floor(name: str, settings: Mapping[str, Any], layers: list[Shape]) -> float 
     if name == "muon":
         return forward_backward(layers) + sum(_orthogonalise(layer) for layer in layers)
     if name.startswith(("kfqn", "kbfgs")) and settings.get("activation_factor") != "inverse":
-        options = {**DEFAULTS, **settings}
+        options = {**asdict(Options()), **settings}
         kinds = [options["activation_factor"]] * len(layers)
         if options["activation_factor"] == "auto":
             kinds = activation_factors(layers, options["rank"])
@@ -106,17 +106,18 @@ def _quasi_newton(layer: Shape, activation_factor: str, options: Mapping[str, An
     """What KFQN adds on a layer, in a step, on average."""
     refresh, rank = options["refresh"] or 1, options["rank"]
     d_i, d_o, groups = layer.d_in, layer.d_out, layer.groups
-    samples = layer.m * layer.T
-    always = 0
+    seen = layer.m * layer.T
+    if options["activation_factor"] in SAMPLED:
+        seen = math.ceil(layer.m / max(1, math.ceil(seen / ROWS))) * layer.T  # every k-th sample
+    always = direction = update = 0
     if activation_factor == "low_rank" and 2 * rank < d_i:
         direction = 4 * d_o * d_i * rank  # (M B) B^T
-        seen = samples / max(1, round(samples / ROWS))
         update = 4 * seen * d_i * rank + 8 * d_i * rank**2  # the action on `rank` vectors, and four small products
-    else:
+    elif activation_factor != "diagonal":  # which does everything entry by entry
         direction = 2 * d_o * d_i**2  # M H_a
-        action = 4 * samples * d_i  # A s = mean of a (a . s): two products with the input
+        action = 4 * seen * d_i  # A s = mean of a (a . s): two products with the input
         if options["activation_decay"] is not None:
-            always, action = 2 * samples * d_i**2, 2 * d_i**2  # A itself enters its running average at every step
+            always, action = 2 * seen * d_i**2, 2 * d_i**2  # A itself enters its running average at every step
         update = action + 2 * d_i**2 + 2 * d_i**2 + 4 * d_i**2  # H abar, H y, and a rank-2 correction
     if options["pairs"] is not None:
         memory = options["memory"]

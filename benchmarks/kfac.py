@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfqn_core.training.preserve import restored
 from kfqn_core.training.selection import curvature_layers
-from kfqn_core.training.second_pass import restored
 
 LIKELIHOODS: dict[str, Callable[[Tensor], Tensor]] = {
     # Draws labels for these outputs and returns the gradient of the mean negative log-likelihood in the outputs.
@@ -52,9 +52,11 @@ class KFAC(torch.optim.Optimizer):
         factor_decay: float = 0.95,
         kl_clip: float = 1e-3,
     ):
-        layers, rest = curvature_layers(model)
-        super().__init__([p for p in model.parameters() if p.requires_grad], {"lr": lr, "momentum": momentum})
-        self._model, self._layers, self._rest = model, layers, list(rest.values())
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        super().__init__(trainable, {"lr": lr, "momentum": momentum})
+        self._model, self._layers = model, list(curvature_layers(model).values())
+        covered = {id(p) for layer in self._layers for p in layer.parameters}
+        self._rest = [p for p in trainable if id(p) not in covered]
         self._gradient = LIKELIHOODS[likelihood]
         self._every, self._damping, self._decay, self._kl_clip = every, damping, factor_decay, kl_clip
         self._steps = 0
@@ -75,14 +77,13 @@ class KFAC(torch.optim.Optimizer):
         lr, momentum = self.param_groups[0]["lr"], self.param_groups[0]["momentum"]
         moves: list[tuple[nn.Parameter, Tensor]] = []
         squared = torch.zeros(())
-        for module, view in self._layers.values():
-            state = self.state[module.weight]
-            gradient = view.to_matrix(module.weight.grad, None if module.bias is None else module.bias.grad)
+        for layer in self._layers:
+            state = self.state[layer.weight]
+            gradient = layer.view.to_matrix(layer.weight.grad, None if layer.bias is None else layer.bias.grad)
             M = state.setdefault("M", torch.zeros_like(gradient)).lerp_(gradient, 1 - momentum)
             D = state["G_inv"] @ M @ state["A_inv"]
             squared = squared + lr**2 * (D * gradient).sum()
-            weight, bias = view.from_matrix(D)
-            moves += [(module.weight, weight)] + ([] if bias is None else [(module.bias, bias)])
+            moves += zip(layer.parameters, layer.view.from_matrix(D), strict=False)  # without a bias, the weight alone
         for p in self._rest:
             moves.append((p, self.state[p].setdefault("M", torch.zeros_like(p)).lerp_(p.grad, 1 - momentum)))
         shorter = (self._kl_clip / squared.clamp_min(1e-30)).sqrt().clamp_max(1.0)
@@ -97,19 +98,19 @@ class KFAC(torch.optim.Optimizer):
         def watch(module: nn.Module, args: tuple[Tensor, ...], h: Tensor) -> None:
             seen[module] = (args[0].detach(), h)
 
-        handles = [module.register_forward_hook(watch) for module, _ in self._layers.values()]
+        handles = [layer.module.register_forward_hook(watch) for layer in self._layers]
         with restored(self._model), torch.enable_grad():
             z = self._model(x)
             gradients = torch.autograd.grad(
-                z, [seen[m][1] for m, _ in self._layers.values()], self._gradient(z.detach())
+                z, [seen[layer.module][1] for layer in self._layers], self._gradient(z.detach())
             )
         for handle in handles:
             handle.remove()
         fresh = 0.0 if self._steps == 0 else self._decay
-        for (module, view), g in zip(self._layers.values(), gradients, strict=True):
-            state: dict[str, Any] = self.state[module.weight]
-            rows = view.outputs(g * len(x)).transpose(0, 1).flatten(1, 2)  # [groups, N T, d_out], per sample
-            moments = {"A": view.second_moment(seen[module][0]), "G": rows.mT @ rows / rows.shape[1]}
+        for layer, g in zip(self._layers, gradients, strict=True):
+            state: dict[str, Any] = self.state[layer.weight]
+            rows = layer.view.outputs(g * len(x)).transpose(0, 1).flatten(1, 2)  # [groups, N T, d_out], per sample
+            moments = {"A": layer.view.second_moment(seen[layer.module][0]), "G": rows.mT @ rows / rows.shape[1]}
             for name, moment in moments.items():
                 state[name] = moment if name not in state else state[name].lerp_(moment, 1 - fresh)
             state["A_inv"], state["G_inv"] = damped_inverses(state["A"], state["G"], self._damping)

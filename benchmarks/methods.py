@@ -8,7 +8,7 @@ except the 2020 presets, whose L2 term of 1e-5 belongs to them. Momentum is the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -16,14 +16,18 @@ from pytorch_optimizer import SOAP, Kron, ScalableShampoo
 from pytorch_optimizer.optimizer.utils.graft import LayerWiseGrafting
 from torch import Tensor, nn
 
-from benchmarks.flops import DEFAULTS
 from benchmarks.kfac import KFAC
 from benchmarks.problems import Task
 from kfqn_core import KFQN, presets
+from kfqn_core.training.options import Options
 
 __all__ = ["METHODS", "Method", "state_bytes"]
 
 EVERY = 10
+
+# What is recorded of KFQN: every option of the method, and those of its parameter groups that decide how layers move.
+# (How a decay of zero would enter decides nothing: it is recorded as it was when the first results were.)
+DEFAULTS = {**asdict(Options()), "linear": None, "momentum": 0.9, "weight_decay": 0.0, "decoupled_weight_decay": False}
 
 
 @dataclass(frozen=True)

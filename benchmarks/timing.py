@@ -21,7 +21,7 @@ from kfqn_core import KFQN
 from kfqn_core.lab.training import batches, make_closure
 from kfqn_core.training.options import refreshes
 
-__all__ = ["Ratio", "StepCost", "paired_ratios", "step_cost", "stepper"]
+__all__ = ["Ratio", "StepCost", "mean_interval", "paired_ratios", "parts_of", "step_cost", "stepper"]
 
 TURNS = 31  # the median's 95 % interval then runs from the 11th to the 21st turn
 STEPS, SECONDS = (
@@ -77,11 +77,22 @@ def paired_ratios(
     return {name: np.array(values) for name, values in seconds.items()}
 
 
-def mean_interval(task: Task, method: Method) -> float:
-    """Steps between curvature updates of KFQN, on average over N steps: its default begins with every step."""
-    refresh = method.settings.get("refresh")
-    steps = task.steps or 200
-    return refresh or steps / sum(refreshes(step, None) for step in range(steps))
+def mean_interval(method: Method, steps: int | None) -> float:
+    """Steps between curvature updates of KFQN, on average over `steps`: its default begins with every step."""
+    steps = steps or 200
+    return method.settings.get("refresh") or steps / sum(refreshes(step, None) for step in range(steps))
+
+
+def parts_of(method: Method, steps: int | None) -> dict[str, tuple[Method, float]]:
+    """The kinds of steps whose mixture changes along a run, each as a method and with its share in `steps` steps."""
+    if method.constructor is not KFQN or method.settings.get("refresh") is not None:
+        return {method.name: (method, 1.0)}
+    share = 1.0 / mean_interval(method, steps)
+    kinds = {"updating": (1, share), "coasting": (NEVER, 1.0 - share)}
+    return {
+        f"{method.name}, {kind}": (replace(method, settings={**method.settings, "refresh": refresh}), weight)
+        for kind, (refresh, weight) in kinds.items()
+    }
 
 
 def stepper(task: Task, method: Method, *, warm_up: int = 3) -> tuple[Callable[[], None], object]:
@@ -131,13 +142,8 @@ def step_cost(task: Task, name: str, *, turns: int = TURNS) -> StepCost:
     put together as they occur in N steps. Over 10 N steps such a method costs a little less than this.
     """
     method = METHODS[name]
-    parts, weights = {name: method}, {name: 1.0}
-    if method.constructor is KFQN and method.settings.get("refresh") is None:
-        share = 1.0 / mean_interval(task, method)
-        parts = {kind: replace(method, settings={**method.settings, "refresh": refresh})
-                 for kind, refresh in (("updating", 1), ("coasting", NEVER))}  # fmt: skip
-        weights = {"updating": share, "coasting": 1.0 - share}
-    made = {entry: stepper(task, part) for entry, part in parts.items()}
+    parts = parts_of(method, task.steps)
+    made = {entry: stepper(task, part) for entry, (part, _) in parts.items()}
     made |= {entry: stepper(task, METHODS[entry]) for entry in REFERENCES if entry not in made}
     # A turn covers whole periods of the method.
     per_turn = {
@@ -149,7 +155,7 @@ def step_cost(task: Task, name: str, *, turns: int = TURNS) -> StepCost:
         turns=turns,
         label=f"{task.key} {name}",
     )
-    own = sum(weight * seconds[part] for part, weight in weights.items())
+    own = sum(weight * seconds[part] for part, (_, weight) in parts.items())
     held = {entry: state_bytes(optimizer) for entry, (_, optimizer) in made.items()}
     return StepCost(
         *(Ratio.of(own / seconds[reference]) for reference in REFERENCES),

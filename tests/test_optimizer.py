@@ -182,15 +182,16 @@ def test_heavy_ball_is_the_average_at_another_rate(step_length, monkeypatch):
     data = batches()
     train(averaged, KFQN(averaged, lr=0.05, step_length=step_length), data, 6)
 
-    def accumulate(group, settings, finite):
-        for i, layer in enumerate(group.layers):
-            weight, bias = group.state(i)
-            weight["M"].mul_(settings[0]["momentum"]).add_(layer.weight.grad)
-            bias["M"].mul_(settings[1]["momentum"]).add_(layer.bias.grad)
+    def accumulate(moves, settings, finite):
+        for layer in ball_optimizer.layers.values():
+            state = ball_optimizer.state
+            for p in (layer.weight, layer.bias):
+                state[p]["M"].mul_(settings[0]["momentum"]).add_(p.grad)
 
-    monkeypatch.setattr("kfqn_core.training.groups.Group.average", accumulate)
+    monkeypatch.setattr("kfqn_core.training.moves.Moves.average", accumulate)
     lr = 0.05 * (0.1 if step_length == "raw" else 1.0)
-    train(ball, KFQN(ball, lr=lr, step_length=step_length), data, 6)
+    ball_optimizer = KFQN(ball, lr=lr, step_length=step_length)
+    train(ball, ball_optimizer, data, 6)
     for a, b in zip(averaged.parameters(), ball.parameters(), strict=True):
         assert error(a, b) < 1e-12
 

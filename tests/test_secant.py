@@ -7,13 +7,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kfqn_core.lab.checks import relative_error
-from kfqn_core.maths.secant import (
-    LimitedMemoryInverse,
-    bfgs_inverse_update,
-    bfgs_inverse_update_,
-    row_blocks,
-    stacked_rows,
-)
+from kfqn_core.maths.secant import LimitedMemoryInverse, bfgs_inverse_update, bfgs_inverse_update_
 
 properties = settings(derandomize=True, deadline=None, database=None, max_examples=200)
 
@@ -173,7 +167,7 @@ def test_update_in_place_is_the_update(n, batch, condition, cosine, seed):
     y[1] = 0  # s^T y = 0: H+ is not finite
     keep = torch.tensor([False, True] + [True] * batch)
     expected, actual = bfgs_inverse_update(H, s, y), H.clone()
-    bfgs_inverse_update_([actual], s, y, keep)
+    bfgs_inverse_update_(actual, s, y, keep)
     assert torch.equal(actual[:2], H[:2])
     sizes = torch.linalg.matrix_norm(torch.stack([H, expected])[:, 2:], 2).sum(0)
     assert (torch.linalg.matrix_norm(actual - expected)[2:] < 1e-13 * sizes / cosine).all()
@@ -182,57 +176,34 @@ def test_update_in_place_is_the_update(n, batch, condition, cosine, seed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n", [1, 2, 7, 16, 33, 100, 257])
 def test_update_in_place_is_symmetric_to_the_last_bit(n, dtype):
-    """Whether a processor takes an entry alone or with its neighbours: three sizes in one call, three times."""
+    """Whether a processor takes an entry alone or with its neighbours: whatever the number of matrices, three times."""
     generator = torch.Generator().manual_seed(n)
-    sizes = ((1, n), (3, max(1, n - 1)), (2, n))
-    Hs = [spd(k, 3, generator, (g,)).to(dtype) for g, k in sizes]
-    before = [H.clone() for H in Hs]
-    for _ in range(3):
-        S, Y = torch.zeros(2, 6, n, dtype=dtype)
-        for first, (g, k) in zip((0, 1, 4), sizes, strict=True):
-            for row, (s, y) in enumerate(zip(*pair(k, 0.3, generator, (g,)), strict=True)):
-                S[first + row, :k], Y[first + row, :k] = s, y
-        bfgs_inverse_update_(Hs, S, Y, torch.ones(6, dtype=torch.bool))
-    assert all(torch.equal(H, H.mT) for H in Hs)
-    assert not any(torch.equal(now, then) for now, then in zip(Hs, before, strict=True))
+    for batch in ((1,), (3,), (2, 2)):
+        H = spd(n, 3, generator, batch).to(dtype)
+        before = H.clone()
+        for _ in range(3):
+            s, y = (v.to(dtype) for v in pair(n, 0.3, generator, batch))
+            bfgs_inverse_update_(H, s, y, torch.ones(batch, dtype=torch.bool))
+        assert torch.equal(H, H.mT)
+        assert not any(torch.equal(now, then) for now, then in zip(H, before, strict=True))
 
 
-SHAPES = [[(1, 3), (1, 5), (1, 1)], [(2, 3), (1, 5), (3, 5)], [(1, 4), (1, 4)], [(3, 4), (2, 4)]]
-
-
-@pytest.mark.parametrize("shapes", SHAPES)
-def test_update_in_place_of_several_is_the_loop(shapes):
-    """With one row for each matrix, and with more; the pairs that are refused differ."""
-    generator = torch.Generator().manual_seed(len(shapes))
-    Hs = [spd(n, 3, generator, (g,)) for g, n in shapes]
-    pairs = [pair(n, 0.3, generator, (g,)) for g, n in shapes]
-    keep = torch.arange(sum(g for g, _ in shapes)) % 3 > 0
-    loop, together = [H.clone() for H in Hs], [H.clone() for H in Hs]
-    for H, (s, y), part in zip(loop, pairs, keep.split([g for g, _ in shapes]), strict=True):
-        bfgs_inverse_update_([H], s, y, part)
-    S, Y = (stacked_rows(vectors) for vectors in zip(*pairs, strict=True))
-    bfgs_inverse_update_(together, S, Y, keep)
-    for H, alone in zip(together, loop, strict=True):
-        assert relative_error(H, alone) < 1e-13  # sums of other lengths
-    same = [torch.equal(h, b) for H, before in zip(together, Hs, strict=True) for h, b in zip(H, before, strict=True)]
-    assert same == (~keep).tolist()
-
-
-@pytest.mark.parametrize("shapes", SHAPES)
-@pytest.mark.parametrize("behind", [(), (1,), (2, 3)])
-def test_rows_are_put_together_and_cut_up(shapes, behind):
-    generator = torch.Generator().manual_seed(0)
-    blocks = [torch.randn(g, n, *behind, generator=generator) for g, n in shapes]
-    owners = [torch.empty(g, 2, n) for g, n in shapes]
-    X = stacked_rows(blocks)
-    assert X.shape == (sum(g for g, _ in shapes), max(n for _, n in shapes), *behind)
-    assert X.count_nonzero() == sum(block.numel() for block in blocks)  # zeros behind
-    columns_first = X.transpose(0, 1).clone(memory_format=torch.contiguous_format)
-    for rows in (X, columns_first.transpose(0, 1)):
-        views = row_blocks(rows, owners)
-        assert all(torch.equal(view, block) for view, block in zip(views, blocks, strict=True))
-        views[1].fill_(7.0)
-        assert torch.equal(row_blocks(rows, owners)[1], torch.full_like(blocks[1], 7.0))  # views, not copies
+@pytest.mark.parametrize("batch", [(1,), (7,), (2, 3), ()])
+def test_update_in_place_of_several_is_the_loop(batch):
+    """Of any leading dimensions, also where the matrices lie in memory with others between them."""
+    generator = torch.Generator().manual_seed(len(batch))
+    everything = spd(5, 3, generator, (2, *batch))
+    H, (s, y) = everything[1], pair(5, 0.3, generator, batch)
+    keep = torch.arange(s[..., 0].numel()).reshape(batch) % 3 != 1
+    before, other = H.clone(), everything[0].clone()
+    bfgs_inverse_update_(H, s, y, keep)
+    assert torch.equal(everything[0], other)
+    rows = zip(*(t.reshape(-1, *t.shape[len(batch) :]) for t in (H, before, s, y)), keep.reshape(-1), strict=True)
+    for now, then, s_one, y_one, kept in rows:
+        alone = then[None].clone()
+        bfgs_inverse_update_(alone, s_one[None], y_one[None], kept[None])
+        assert relative_error(now, alone[0]) < 1e-14  # the same sums, perhaps in another order
+        assert torch.equal(now, then) != kept.item()
 
 
 @pytest.mark.parametrize("ratio", [1e-12, 1.0, 1e12])
@@ -241,14 +212,14 @@ def test_update_in_place_keeps_its_digits_whatever_the_scale_of_the_pair(ratio):
     generator = torch.Generator().manual_seed(3)
     H, (s, y) = spd(20, 1, generator), pair(20, 0.5, generator)
     actual = H[None].float().clone()
-    bfgs_inverse_update_([actual], ratio * s[None].float(), ratio * y[None].float(), torch.tensor([True]))
+    bfgs_inverse_update_(actual, ratio * s[None].float(), ratio * y[None].float(), torch.tensor([True]))
     assert relative_error(actual[0], bfgs_inverse_update(H, s, y)) < 1e-5  # a few float32 roundings
 
 
 def test_update_in_place_of_an_estimate_that_knows_the_pair_changes_nothing():
     H, y = torch.diag(torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)), torch.tensor([1.0, 1.0, 0.5]).double()
     actual = H[None].clone()
-    bfgs_inverse_update_([actual], (H @ y)[None], y[None], torch.tensor([True]))  # s = H y, exactly: l = 0
+    bfgs_inverse_update_(actual, (H @ y)[None], y[None], torch.tensor([True]))  # s = H y, exactly: l = 0
     assert torch.equal(actual[0], H)
 
 
@@ -259,7 +230,7 @@ def test_update_in_place_where_squares_leave_the_range_of_float32(size_H, size_y
     H, (s, y) = size_H * spd(10, 1, generator), pair(10, 0.5, generator)
     y, s = y * size_y / y.norm(), s * size_H * size_y / s.norm()
     actual = H[None].float().clone()
-    bfgs_inverse_update_([actual], s[None].float(), y[None].float(), torch.tensor([True]))
+    bfgs_inverse_update_(actual, s[None].float(), y[None].float(), torch.tensor([True]))
     assert relative_error(actual[0].double() / size_H, bfgs_inverse_update(H, s, y) / size_H) < 1e-5
 
 
@@ -271,14 +242,12 @@ def test_update_in_place_refuses_what_would_overflow():
     a_tenth_less = (torch.diag(torch.tensor([3e38, 1.0, 1.0, 1.0])), 2.7e19 * first, 1e-19 * first)
     for large, step, change in ((H, 1e38 * s, y / 10), (1e38 * H, s, y / 10), a_tenth_less):
         for place in (0, 1):
-            Hs = [torch.eye(4)[None].clone()]
-            Hs.insert(place, large[None].clone())
-            S, Y = torch.ones(2, 2, 4)
-            S[place], Y[place] = step, change
+            Hs, S, Y = torch.eye(4).repeat(2, 1, 1), torch.ones(2, 4), torch.ones(2, 4)
+            Hs[place], S[place], Y[place] = large, step, change
             Y[1 - place, 0] = 2.0
             bfgs_inverse_update_(Hs, S, Y, torch.tensor([True, True]))
-            assert torch.equal(Hs[place][0], large)
-            assert relative_error(Hs[1 - place][0] @ Y[1 - place], S[1 - place]) < 1e-6  # float32 roundings
+            assert torch.equal(Hs[place], large)
+            assert relative_error(Hs[1 - place] @ Y[1 - place], S[1 - place]) < 1e-6  # float32 roundings
 
 
 def test_update_in_place_follows_the_inverse_in_float32():
@@ -287,7 +256,7 @@ def test_update_in_place_follows_the_inverse_in_float32():
     M, H = spd(20, 2, generator).float(), torch.eye(20)
     for _ in range(1000):
         s = H @ torch.randn(20, generator=generator)
-        bfgs_inverse_update_([H[None]], s[None], (M @ s)[None], torch.tensor([True]))
+        bfgs_inverse_update_(H[None], s[None], (M @ s)[None], torch.tensor([True]))
     assert torch.equal(H, H.mT)
     assert relative_error(H @ M, torch.eye(20)) < 1e-3
 
@@ -380,6 +349,7 @@ def test_no_tensor_is_read_on_the_host():
     with FakeTensorMode():  # holds shapes and no values: reading one raises
         s, y = torch.randn(2, 5), torch.randn(2, 5)
         assert bfgs_inverse_update(torch.eye(5).expand(2, 5, 5), s, y).shape == (2, 5, 5)
+        bfgs_inverse_update_(torch.randn(2, 5, 5), s, y, (s * y).sum(-1) > 0)
         inverse = LimitedMemoryInverse(5, 3, batch=(2,))
         inverse.append(s, y, keep=(s * y).sum(-1) > 0)
         assert inverse.apply(torch.randn(2, 5, 7)).shape == (2, 5, 7)
@@ -397,6 +367,7 @@ INVERSE = LimitedMemoryInverse(3, 2)
         (lambda: bfgs_inverse_update(torch.eye(3), V3.expand(2, 3), V3.expand(2, 3)), ValueError, "leading batch"),
         (lambda: bfgs_inverse_update(torch.eye(3), V3.double(), V3.double()), TypeError, "float32 and torch.float64"),
         (lambda: bfgs_inverse_update(torch.eye(3), V3.long(), V3.long()), TypeError, "int64"),
+        (lambda: bfgs_inverse_update_(torch.eye(3), V4, V4, torch.tensor(True)), ValueError, r"H \[3, 3\] and s \[4\]"),
         (lambda: LimitedMemoryInverse(3, 0), ValueError, "memory .* got 0"),
         (lambda: LimitedMemoryInverse(2.5, 1), ValueError, "size .* got 2.5"),
         (lambda: LimitedMemoryInverse(3, 2, -1.0), ValueError, "gamma .* got -1.0"),

@@ -56,8 +56,8 @@ class Activation(Protocol):
     def update(self, statistics: Statistics, where: Tensor = EVERYWHERE, decay: float = DECAY) -> None:
         """One update, where `where` `[B]` holds and the result is finite; `decay` weighs the past of a running form."""
 
-    def precondition(self, M: Columns) -> Columns:
-        """`M H_a`, `[B, d_out, d_in]` with the bias column apart."""
+    def precondition(self, M: Columns) -> Tensor:
+        """`M H_a`, `[B, d_out, d_in]`."""
 
 
 class ActivationFactor:
@@ -124,7 +124,7 @@ class ActivationFactor:
         H.copy_(torch.where(matrices, positive_inverse(A, _vector(self.damping)), H))
         return where
 
-    def precondition(self, M: Columns) -> Columns:
+    def precondition(self, M: Columns) -> Tensor:
         """`M H_a`, one product of matrices."""
         return M.times(self.inverse.H)
 
@@ -220,7 +220,7 @@ class DiagonalActivationFactor:
         self.d.lerp_(torch.where(where.reshape(-1, 1), d, self.d), 1.0 - decay)
         return where
 
-    def precondition(self, M: Columns) -> Columns:
+    def precondition(self, M: Columns) -> Tensor:
         """`M H_a`, entry by entry."""
         return M.scaled(self.e)
 

@@ -118,15 +118,9 @@ class LowRankActivationFactor:
         self._invert(where)
         return where
 
-    def precondition(self, M: Columns) -> Columns:
-        """`M H_a = M diag(e) - (M B) B^T`, two products with a thin matrix."""
-        if M.b is None:
-            return Columns((M.W * self.e[:, None]).baddbmm_(M.W @ self.B, self.B.mT, alpha=-1), None)
-        B_w, B_b = self.B[:, :-1], self.B[:, -1:]  # [B, d, rank], [B, 1, rank]
-        scores = torch.baddbmm(M.b * B_b, M.W, B_w)  # M B, [B, d_out, rank]
-        W, b = M.scaled(self.e)
-        assert b is not None
-        return Columns(W.baddbmm_(scores, B_w.mT, alpha=-1), b.baddbmm_(scores, B_b.mT, alpha=-1))
+    def precondition(self, M: Columns) -> Tensor:
+        """`M H_a = M diag(e) - (M B) B^T`, two products with a thin matrix; `[groups, d_out, d_in]`."""
+        return M.scaled(self.e).baddbmm_(M.times(self.B), self.B.mT, alpha=-1)
 
     def _basis(self) -> Tensor:
         """An orthonormal basis of the columns of `F`, completed by waves where `F` has fewer than `rank` directions.

@@ -41,29 +41,29 @@ class Skips:
     """Counts steps that were not taken, and says so once after twenty in a row.
 
     Attributes:
-        total: int64 scalar.
+        counts: int64 `[2]`: of all skipped steps, and of those in a row up to now.
     """
 
     def __init__(self, device: torch.device):
-        self.total = torch.zeros((), dtype=torch.int64, device=device)
-        self._in_a_row = torch.zeros_like(self.total)
+        self.counts = torch.zeros(2, dtype=torch.int64, device=device)
         self._answer: Answer | None = None
         self._said = False
 
     def count(self, finite: Tensor) -> None:
         """A step is taken where `finite` holds."""
-        self.total += ~finite
-        self._in_a_row.add_(1).mul_(~finite)
+        skipped = ~finite
+        self.counts.add_(skipped)
+        self.counts[1].mul_(skipped)
 
     def warn(self, step: int) -> None:
         """Ask now and then, and warn when the answer is there."""
-        if self._answer is None and not self._said and (self.total.device.type == "cpu" or step % EVERY == 0):
-            self._answer = Answer((self._in_a_row >= SKIPS).view(1))
+        if self._answer is None and not self._said and (self.counts.device.type == "cpu" or step % EVERY == 0):
+            self._answer = Answer(self.counts >= SKIPS)
         known = self._answer and self._answer.known()
         if not known:
             return
         self._answer = None
-        if known[0]:
+        if known[1]:
             self._said = True
             warnings.warn(
                 f"the last {SKIPS} steps or more had a loss or gradient that is not finite, and changed nothing: look at "

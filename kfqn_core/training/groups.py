@@ -1,8 +1,8 @@
-"""Layers of one shape as one tensor: average, direction, length and move of all of them at once (chapter 8).
+"""Layers of one shape as one tensor: their momenta, factors and pairs (chapter 8).
 
 A group holds L layers whose matrices `[W | b]` are `[groups, d_out, d_in]` alike. Their momenta, factors and pairs lie
-side by side along axis 0, `B = L groups`, so that a step costs a few operations for each shape and not for each layer.
-The bias column lies apart (`maths.columns`). `plain_step` is the same step of one layer, as the formulas say it.
+side by side along axis 0, `B = L groups`, so that a step costs a few operations for each shape and not for each layer
+(`moves`). The bias column lies apart (`maths.columns`). `plain_step` is the step of one layer, as the formulas say it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kfqn_core.estimate.activation import (
     Activation,
@@ -30,7 +30,6 @@ from kfqn_core.maths.columns import Columns
 from kfqn_core.maths.secant import LimitedMemoryInverse
 from kfqn_core.parallel.ranks import Ranks
 from kfqn_core.training.answer import Answer
-from kfqn_core.training.length import divisors
 from kfqn_core.training.options import Options
 from kfqn_core.training.selection import Selected, dtype_of_factors
 
@@ -111,7 +110,6 @@ class Group:
         self.started = torch.zeros(len(layers), dtype=torch.bool, device=device)
         self.unsettled = set(range(len(layers)))
         self._answer: Answer | None = None
-        self._masks: dict[tuple[bool, ...], Tensor] = {}
 
     def rows(self, i: int) -> slice:
         """Those of layer i along axis 0."""
@@ -121,73 +119,31 @@ class Group:
         """Whether any of its parameters has one."""
         return any(p.grad is not None for layer in self.layers for p in layer.parameters)
 
-    # -- the step, without curvature
+    # -- its part in the step
 
-    def average(self, settings: Sequence[Mapping[str, Any]], finite: Tensor) -> None:
-        """`M <- momentum M + (1 - momentum) ([dW | db] + weight_decay [W | b])` where `finite` holds.
+    @property
+    def size(self) -> tuple[int, int, int, int]:
+        """Layers L, groups, d_out and d_in."""
+        view = self.layers[0].view
+        return len(self.layers), view.groups, view.d_out, view.d_in
 
-        Args:
-            settings: the parameter groups of the weights and of the biases; a decoupled decay is no part of M.
-            finite: bool scalar.
-        """
-        for M, params, of, group in zip(self.M, *self._sides(), settings, strict=True):
-            if M is None:
-                continue
-            gradients = [None if p is None else p.grad for p in params]
-            if all(gradient is None for gradient in gradients):
-                continue
-            G = self._side_by_side(gradients, of, M)
-            if group["weight_decay"] and not group["decoupled_weight_decay"]:
-                G.add_(self._side_by_side(params, of, M), alpha=group["weight_decay"])
-            weight = finite.to(M.dtype) * (1.0 - group["momentum"])
-            present = tuple(gradient is not None for gradient in gradients)
-            if not all(present):
-                weight = weight * self._mask(present)[:, None, None]
-            # Where a step is skipped the weight is zero; but 0 times NaN is NaN, so what is not finite becomes zero.
-            M.lerp_(torch.nan_to_num_(G, nan=0.0, posinf=0.0, neginf=0.0), weight)
-
-    def direction(self) -> Columns:
-        """`D = H_g M H_a`, `[B, d_out, d_in]` with the bias column apart."""
+    def direction(self) -> Tensor:
+        """`D = H_g M H_a`, `[B, d_out, d_in]`: the inverse of the Kronecker-factored Hessian applied to the momentum."""
         D = self.activation.precondition(self.M)
-        if self.gradient is None:
-            return D
-        return Columns.split(self.gradient.inverse.apply(D.joined()), D.b is not None)
+        return D if self.gradient is None else self.gradient.inverse.apply(D)
 
-    def move(self, D: Columns, settings: Sequence[Mapping[str, Any]], finite: Tensor) -> None:
-        """`[W | b] <- [W | b] - lr length(D)` where `finite` holds, after a decoupled decay if there is one."""
-        unit = divisors(D, self.options.step_length, self.groups)  # [B, d_out, 1], or what broadcasts to it
-        for part, params, of, group in zip(D, *self._sides(), settings, strict=True):
-            moving = [(i, p) for i, p in enumerate(params) if p is not None and p.grad is not None]
-            if part is None or not moving:
-                continue
-            rate = finite.to(part.dtype) * group["lr"]  # zero where the step is skipped: what it divides is infinite
-            steps = part / (unit / rate)
-            if group["decoupled_weight_decay"] and group["weight_decay"]:
-                torch._foreach_mul_([p for _, p in moving], 1.0 - rate * group["weight_decay"])
-            torch._foreach_sub_([p for _, p in moving], [of(i, steps[self.rows(i)]) for i, _ in moving])
+    def parameters(self, side: int) -> list[nn.Parameter | None]:
+        """The weights (side 0) or the biases (1) of the layers."""
+        return [layer.bias if side else layer.weight for layer in self.layers]
 
-    def _sides(self) -> tuple[list[list[Any]], list[Any]]:
-        """Weights and biases; and for each side the function from rows of a matrix to the shape of its parameter."""
-        return [[layer.weight for layer in self.layers], [layer.bias for layer in self.layers]], [self._weight, self._bias]
+    def as_rows(self, side: int, i: int, tensor: Tensor) -> Tensor:
+        """A tensor shaped like the parameter of layer i as part of `[W | b]`: `[groups, d_out, d]` or `[..., 1]`."""
+        view = self.layers[i].view
+        return tensor.reshape(view.groups, view.d_out, 1) if side else view.rows_of(tensor)
 
-    def _weight(self, i: int, rows: Tensor) -> Tensor:
-        return self.layers[i].view.weight_of(rows)  # [groups, d_out, d] -> as the layer stores it
-
-    def _bias(self, i: int, rows: Tensor) -> Tensor:
-        return rows.reshape(-1)  # [groups, d_out, 1] -> [groups d_out]
-
-    def _side_by_side(self, tensors: Sequence[Tensor | None], of: Callable[..., Tensor], M: Tensor) -> Tensor:
-        """Tensors shaped like the parameters of one side as a new one shaped like `M`; zero for None."""
-        shape = (self.groups, *M.shape[1:])
-        if of == self._bias:
-            parts = [M.new_zeros(shape) if t is None else t.reshape(shape) for t in tensors]
-        else:
-            parts = [
-                M.new_zeros(shape) if t is None else layer.view.rows_of(t)
-                for layer, t in zip(self.layers, tensors, strict=True)
-            ]
-        together = torch.cat(parts)  # a copy, also of one
-        return together.to(M.dtype)
+    def as_parameter(self, side: int, i: int, rows: Tensor) -> Tensor:
+        """The opposite of `as_rows`."""
+        return rows.reshape(-1) if side else self.layers[i].view.weight_of(rows)
 
     # -- curvature
 
@@ -290,12 +246,6 @@ class Group:
         everywhere = finite.expand(self.M.W.shape[0])
         return everywhere if batch.present is None else everywhere & (batch.present > 0)
 
-    def _mask(self, present: tuple[bool, ...]) -> Tensor:
-        """`[B]` of zeros and ones for layers."""
-        if present not in self._masks:
-            self._masks[present] = self.M.W.new_tensor([float(p) for p in present]).repeat_interleave(self.groups)
-        return self._masks[present]
-
     # -- state
 
     def tensors(self) -> dict[str, Tensor]:
@@ -311,8 +261,8 @@ class Group:
         """Views of what belongs to the weight of layer i and to its bias, by name."""
         rows = self.rows(i)
         own = {name: tensor[rows] for name, tensor in self.tensors().items()}
-        weight = {"M": self._weight(i, self.M.W[rows]), **own, "started": self.started[i]}
-        return weight, {} if self.M.b is None else {"M": self._bias(i, self.M.b[rows])}
+        weight = {"M": self.as_parameter(0, i, self.M.W[rows]), **own, "started": self.started[i]}
+        return weight, {} if self.M.b is None else {"M": self.as_parameter(1, i, self.M.b[rows])}
 
     def check(self, i: int, weight: Mapping[str, Tensor], bias: Mapping[str, Tensor]) -> None:
         """Raise ValueError unless these tensors are the state of layer i by name and shape."""

@@ -1,17 +1,17 @@
 """How long a step is: what a direction is divided by.
 
-The plain forms take the direction of one layer as the matrix `D` `[groups, d_out, d_in]`; the batched ones take those of
-several layers of one shape, with the bias column apart. A unit rate is meant; the optimizer multiplies by its own.
+The plain forms take the direction of one layer as the matrix `D` `[groups, d_out, d_in]`; `Lengths` takes those of all
+layers. A unit rate is meant; the optimizer multiplies by its own.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
-
-from kfqn_core.maths.columns import Columns
 
 STEP = 0.2  # root mean square of the change of a weight, in units of the rate
 # Of the mean length of the rows of D: a unit whose gradient is smaller than that is hardly used, and moves less.
@@ -35,26 +35,47 @@ def normalised_rows(D: Tensor) -> Tensor:
     return D * (STEP * math.sqrt(D.shape[-1]) / (norms + ROW_FLOOR * norms.mean()).clamp_min(SHORTEST))
 
 
-def divisors(D: Columns, step_length: str, groups: int) -> Tensor:
-    """What each `D` is divided by, so that the quotient is the plain form of the same name.
+class Lengths:
+    """What directions are divided by, for all layers of several groups at once: the batched forms.
 
     Args:
-        D: directions of L layers, `[L groups, d_out, d]` with the bias column apart.
-        step_length: `"raw"`, `"normalised"` or `"normalised_rows"`.
-        groups: of each layer.
-
-    Returns:
-        `[L groups, d_out, 1]`, or a shape that broadcasts to it.
+        sizes: of the groups: layers L, groups, d_out, d_in.
+        like: a tensor of the dtype and on the device of the directions.
     """
-    if step_length == "raw":
-        return D.W.new_ones(1, 1, 1)
-    norms = torch.linalg.vector_norm(D.W, dim=-1, keepdim=True)  # [L groups, d_out, 1]
-    if D.b is not None:
-        norms = torch.hypot(norms, D.b)
-    d_out, d_in = norms.shape[1], D.W.shape[2] + (D.b is not None)
-    layers = norms.view(-1, groups * d_out)  # [L, groups d_out]
-    if step_length == "normalised":
-        size = torch.linalg.vector_norm(layers, dim=-1).repeat_interleave(groups).view(-1, 1, 1)  # [L groups, 1, 1]
-        return size.clamp_min_(SHORTEST).mul_(1 / (STEP * math.sqrt(groups * d_out * d_in)))
-    floor = layers.mean(-1, keepdim=True)  # [L, 1]
-    return torch.add(layers, floor, alpha=ROW_FLOOR).clamp_min_(SHORTEST).mul_(1 / (STEP * math.sqrt(d_in))).view_as(norms)
+
+    def __init__(self, sizes: Sequence[tuple[int, int, int, int]], like: Tensor):
+        self._shapes = [(L * groups, d_out, 1) for L, groups, d_out, _ in sizes]
+        self._rows = [L * groups * d_out for L, groups, d_out, _ in sizes]  # of each group
+        layers = [(groups * d_out, d_in) for L, groups, d_out, d_in in sizes for _ in range(L)]
+        self._rows_of_layers = [rows for rows, _ in layers]
+        # Made from lists: what is asked of a tensor waits for the device.
+        index = np.repeat(np.arange(len(layers)), self._rows_of_layers)
+        self._layer = torch.tensor(index, device=like.device)  # [rows]
+        self._floor = like.new_tensor([ROW_FLOOR / rows for rows, _ in layers])  # [layers], times a sum of lengths
+        self._of_layers = like.new_tensor([1 / (STEP * math.sqrt(rows * d_in)) for rows, d_in in layers])  # [layers]
+        of_rows = np.repeat([1 / (STEP * math.sqrt(d_in)) for _, d_in in layers], self._rows_of_layers)
+        self._of_rows = like.new_tensor(of_rows.tolist())  # [rows]
+
+    def divisors(self, directions: Sequence[Tensor], step_length: str) -> Tensor:
+        """What every row is divided by at a unit rate, so that the quotient is the plain form of that name.
+
+        Args:
+            directions: one of each group, `[L groups, d_out, d_in]`.
+            step_length: `"raw"`, `"normalised"` or `"normalised_rows"`.
+
+        Returns:
+            `[rows]`, over all groups.
+        """
+        if step_length == "raw":
+            return torch.ones_like(self._of_rows)
+        norms = torch.cat([torch.linalg.vector_norm(D, dim=-1).view(-1) for D in directions])  # [rows]
+        layers = norms.split(self._rows_of_layers)
+        if step_length == "normalised":
+            sizes = torch.stack(torch._foreach_norm(layers)).clamp_min_(SHORTEST).mul_(self._of_layers)  # [layers]
+            return sizes.index_select(0, self._layer)
+        floors = torch.stack(torch._foreach_norm(layers, 1)).mul_(self._floor)  # [layers]
+        return norms.add_(floors.index_select(0, self._layer)).clamp_min_(SHORTEST).mul_(self._of_rows)
+
+    def by_group(self, rows: Tensor) -> list[Tensor]:
+        """`[rows]` cut up into `[L groups, d_out, 1]` for every group."""
+        return [part.view(shape) for part, shape in zip(rows.split(self._rows), self._shapes, strict=True)]

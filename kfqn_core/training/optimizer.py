@@ -135,7 +135,7 @@ class KFQN(torch.optim.Optimizer):
     @property
     def skipped_steps(self) -> int:
         """Steps so far whose loss or gradient was not finite. Reading it waits for the device."""
-        return int(self._skips.total)
+        return int(self._skips.counts[0])
 
     def __repr__(self) -> str:
         return f"KFQN: {summary(self.plan, self.fallback)}\n{super().__repr__()}"
@@ -195,19 +195,16 @@ class KFQN(torch.optim.Optimizer):
         self._prepare(records)
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         unscale(self.plan, records, scale, found_inf)
-        finite = self._ranks.all(all_finite(self.plan.moving(), loss, found_inf, self._skips.total.device))
+        finite = self._ranks.all(all_finite(self.plan.moving(), loss, found_inf, self._skips.counts.device))
         self._skips.count(finite)
         average = self._steps > 0 or not self._warm_started  # a warm-started A sits the first step out
 
         with self._no_autocast():
             batches = {group: batch for group in self.plan.layer_groups if (batch := group.batch(records)) is not None}
-            for group, indices in self.plan.groups:
-                here, settings = finite.to(group.started.device), [self.param_groups[i] for i in indices]
-                if group in batches:
-                    group.observe(batches[group], here, average=average)
-                if group.has_gradient():
-                    group.average(settings, here)  # M <- mu M + (1 - mu) G
-                    group.move(group.direction(), settings, here)  # D = H_g M H_a; W <- W - lr length(D)
+            for group, batch in batches.items():
+                group.observe(batch, finite.to(group.started.device), average=average)
+            self.plan.moves.average(self.param_groups, finite)  # M <- mu M + (1 - mu) (G + tau W)
+            self.plan.moves.move(self.param_groups, finite)  # D = H_g M H_a; W <- W - lr length(D)
             for params, settings in zip(self.plan.rest, self.param_groups, strict=True):
                 self.fallback.move([p for p in params if p.grad is not None], settings, finite)
         self._pairs.learn(self.plan.layer_groups, self.plan.hooks, records, finite, refresh)  # H_g <- BFGS(H_g, pair)
@@ -279,7 +276,7 @@ class KFQN(torch.optim.Optimizer):
 
     def _no_autocast(self) -> torch.autocast:
         """Curvature needs its digits, also where a user's whole training step stands under autocast."""
-        return torch.autocast(self._skips.total.device.type, enabled=False)
+        return torch.autocast(self._skips.counts.device.type, enabled=False)
 
     # -- torch.optim
 
@@ -328,6 +325,6 @@ class KFQN(torch.optim.Optimizer):
         super().load_state_dict({"state": {}, "param_groups": saved_groups})
         checkpoint.load(self.plan, self.fallback, saved)
         self._steps, skipped, self._warm_started = counters
-        self._skips.total.fill_(skipped)
+        self._skips.counts.copy_(torch.tensor([skipped, 0]))
         for name in self.plan.hooks:
             self.plan.hooks[name].watching = True  # the first pass also tells which ranks there are

@@ -19,6 +19,7 @@ from kfqn_core.estimate.statistics import Record
 from kfqn_core.parallel.ranks import Ranks
 from kfqn_core.training.fallback import Fallback
 from kfqn_core.training.groups import Group
+from kfqn_core.training.moves import Moves
 from kfqn_core.training.options import Options
 from kfqn_core.training.selection import Selected, activation_factors, curvature_layers, shape_key
 
@@ -42,6 +43,7 @@ class Plan:
         groups: of layers of one shape; each with the indices of the parameter groups of its weights and biases.
         places: by layer name, its group and its number there.
         kinds: by layer name, the form of its activation factor.
+        moves: what a step does to all groups at once.
         rest: the parameters that the fallback moves, by parameter group.
         new: names of layers that the plan before did not hold, or not as this matrix.
     """
@@ -83,6 +85,7 @@ class Plan:
         for p in (p for params in self.rest for p in params):
             fallback.adopt(p, device)
         self._fingerprint = self._look(param_groups)
+        self.moves = Moves(self.groups)
         watched = {} if device is not None else {n: (layer.module, layer.part) for n, layer in layers.items()}
         self.hooks = Hooks(watched, outputs=options.pairs is not None, ranks=ranks)
         few = options.activation_factor in ("auto", "low_rank", "diagonal")
@@ -91,6 +94,13 @@ class Plan:
         self.new: set[str] = set()
         if last is not None:
             self._take_over(last)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "moves"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.moves = Moves(self.groups)  # anew: views do not come out of a pickle as views
 
     def _kinds(self, layers: Mapping[str, Selected], last: Plan | None) -> dict[str, str]:
         views = [layer.view for layer in layers.values()]

@@ -23,7 +23,7 @@ from benchmarks.methods import METHODS, state_bytes
 from benchmarks.problems import TASKS
 from benchmarks.timing import stepper
 from kfqn_core import KFQN
-from kfqn_core.training.groups import Layer
+from kfqn_core.training.groups import Group
 
 FILE = Path(__file__).with_name("step_counts.json")
 GROWTH = 1.05
@@ -59,8 +59,8 @@ def test_a_step_does_no_more_than_it_did(problem, method):
 
 
 def test_a_slower_step_is_seen(monkeypatch):
-    direction = Layer.direction
-    monkeypatch.setattr(Layer, "direction", lambda self: (direction(self), direction(self))[1])
+    direction = Group.direction
+    monkeypatch.setattr(Group, "direction", lambda self: (direction(self), direction(self))[1])
     assert "flops" in excess("P2", "kfqn", freshly_counted("P2", "kfqn"))
 
 
