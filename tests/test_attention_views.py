@@ -116,7 +116,10 @@ def gradient(module, part):
 
 
 # PyTorch's own: it compiles a derivative with a deprecated tool.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage"),
+]
 BATCHED = ["self", "memory", "other", "same length"]
 
 
@@ -345,6 +348,8 @@ def test_what_does_not_match_shows_nothing():
         ((q, k[1:], v[1:]), {}, y),  # no samples of one batch
     ]:
         assert in_proj.call(module, args, kwargs, output) is None
+    ragged = torch.nested.nested_tensor([torch.zeros(2, E), torch.zeros(3, E)])
+    assert in_proj.call(module, (ragged, ragged, ragged), {}, y) is None  # the fast path's, which has no gradients
     other = nn.Linear(E, E, dtype=F64)
     for tensor in (
         q,  # no graph

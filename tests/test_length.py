@@ -23,9 +23,9 @@ def directions(sizes=SIZES, dtype=F64):
         return 10 ** (6 * torch.rand(*shape, generator=generator, dtype=F64) - 3)
 
     return [
-        (torch.randn(L * u, d_out, d_in, generator=generator, dtype=F64) * spread(L * u, d_out, 1) * spread(L * u, 1, 1))
-        .to(dtype) for L, u, d_out, d_in in sizes
-    ]  # fmt: skip
+        (torch.randn(B, d_out, d_in, generator=generator, dtype=F64) * spread(B, d_out, 1) * spread(B, 1, 1)).to(dtype)
+        for B, d_out, d_in in ((L * groups, d_out, d_in) for L, groups, d_out, d_in in sizes)
+    ]
 
 
 def steps(Ds, step_length, sizes=SIZES):

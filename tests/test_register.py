@@ -10,6 +10,8 @@ from kfqn_core.layers import Call, LinearView, TransposedLinearView, Unsupported
 from kfqn_core.truth import exact
 from kfqn_core.truth.ladder import structured_hessian
 
+# PyTorch's own: it compiles a derivative with a deprecated tool.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 F64 = torch.float64
 
 
@@ -114,6 +116,21 @@ def test_a_kind_with_other_names_and_another_order():
     weight, bias = v.from_matrix(W)
     assert torch.equal(weight, model[2].kernel)
     assert torch.equal(bias, model[2].shift)
+
+
+def test_a_preactivation_that_is_not_the_output_cannot_be_shifted():
+    """Adding to the output of such a layer would give derivatives in another place."""
+
+    class Positive(nn.Linear):
+        def forward(self, x):
+            self.h = super().forward(x)
+            return self.h.exp()
+
+    register(Positive, LinearView, call=lambda module, args, kwargs, output: Call(args[0], module.h))
+    model, (x, y) = sequence_model(Positive(4, 5)), data()
+    with pytest.raises(ValueError, match="'2' does not show its input and its pre-activation"):
+        structured_hessian(model, wave, x, y, "2")
+    assert exact.layer_hessian(model, wave, x, y, "2").shape == (25, 25)
 
 
 def test_a_weight_may_belong_to_a_child():

@@ -199,7 +199,7 @@ class Watch:
             # Another forward before the step: a micro-batch was accumulated. Its inputs make room for the next one's.
             thin(self._uses + self._captured, FEW)
             self._thinned = True
-        sight = _Sight(self, call, recomputed=enclosing != -1)
+        sight = _Sight(self, call, dropped=enclosing != -1 or _saves_elsewhere())
         if sight.samples:
             h.register_hook(sight)
         else:
@@ -228,7 +228,7 @@ class Watch:
         last = sight.use and sight.use()
         known = not self._stale and any(last is use for use in self._uses)  # an earlier backward has been here
         if last is None or not known or counts == "captured":
-            use = sight.new_use(FEW if sight.recomputed else self.vectors)
+            use = sight.new_use(FEW if sight.dropped else self.vectors)
         else:
             use = last
         if self.outputs and sight.shows_h:
@@ -283,9 +283,9 @@ class Watch:
 class _Sight:
     """A tensor hook on the `h` of one use, which hears of its gradient. The graph owns it, and through it the input."""
 
-    def __init__(self, watch: Watch, call: Call, *, recomputed: bool):
+    def __init__(self, watch: Watch, call: Call, *, dropped: bool):
         view = watch.part.view
-        self.watch, self.view, self.shows_h, self.recomputed = weakref.ref(watch), view, call.shows_h, recomputed
+        self.watch, self.view, self.shows_h, self.dropped = weakref.ref(watch), view, call.shows_h, dropped
         self.serial = next(serials)
         self.use: weakref.ref[Use] | None = None
         self.h_sum: Tensor | None = None
@@ -393,6 +393,11 @@ class _AccumulatedHook(_Hook):
         watch = self._watch()
         if watch is not None:
             watch.accumulated()
+
+
+def _saves_elsewhere() -> bool:
+    """Whether the user has what the graph saves dropped, packed or moved to the host: memory is short."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _remove(handles: list[Any]) -> None:

@@ -29,6 +29,8 @@ from torch.utils import checkpoint
 from kfqn_core.layers.linear import LinearView, as_rows, check_rows
 from kfqn_core.layers.view import Call, LayerView, Part, UnsupportedLayer, check_floating, dtype_of_sums
 
+# What activation checkpointing leaves in the place of a tensor; nothing, should a PyTorch have another way.
+_CHECKPOINTED: Any = getattr(checkpoint, "_Holder", ())
 FARTHEST = 8  # nodes of the graph between the module's output and its last product: two or three, in this PyTorch
 
 
@@ -217,8 +219,8 @@ def saved_input(y: Tensor, weight: nn.Parameter) -> Callable[[], Tensor] | None:
     name, operand = _PRODUCTS.get(type(node).__name__, ("", 0))
     if not name or node is y.grad_fn or not _leads_to(node.next_functions[operand][0], weight):
         return None
-    saved = getattr(node, f"_raw_saved_{name}")
-    return partial(_read, node, name) if _may_be_read(saved) else None
+    saved = getattr(node, f"_raw_saved_{name}", None)
+    return partial(_read, node, name) if saved is not None and _may_be_read(saved) else None
 
 
 _VIEWS = ("View", "UnsafeView", "ReshapeAlias", "Transpose", "Permute", "Squeeze", "Unsqueeze", "Alias", "Clone")
@@ -240,7 +242,7 @@ def _leads_to(node: Any, weight: nn.Parameter) -> bool:
 def _may_be_read(saved: Any) -> bool:
     """Whether a saved tensor can be read before it is used, and still be used."""
     if hasattr(saved, "unpack_hook"):
-        return saved.unpack_hook is None or isinstance(saved.data, checkpoint._Holder)
+        return saved.unpack_hook is None or isinstance(saved.data, _CHECKPOINTED)
     try:
         saved.register_hooks(_same, _same)  # an older PyTorch does not tell, but takes only one pair of hooks
     except RuntimeError:
@@ -255,7 +257,7 @@ def _same(x: Tensor) -> Tensor:
 def _read(node: Any, name: str) -> Tensor:
     """A tensor that a node has saved; the node still finds it when its turn comes."""
     holder = getattr(getattr(node, f"_raw_saved_{name}"), "data", None)
-    if not isinstance(holder, checkpoint._Holder):
+    if not isinstance(holder, _CHECKPOINTED):
         return getattr(node, f"_saved_{name}")
     # Checkpointing computes what it has not kept, gives it out once and crosses it out. Here it is not crossed out.
     holder.handles = _Kept(holder.handles)

@@ -58,8 +58,9 @@ class LayerView(ABC):
     Attributes: `groups`; `d_in`, per group, counting the bias coordinate; `d_out`, per group; `has_bias`;
     `weight_shape`, as the layer stores it.
 
-    `rows_are_samples`: whether every input vector is a sample by itself to the optimizer, wherever it stands and however
-    often the layer is used; else the vectors of one pass that belong to one sample are its locations (see `batched`).
+    `rows_are_samples`: whether every input vector is a sample by itself to the optimizer, wherever it stands and
+    however often the layer is used; else the vectors of one pass that belong to one sample are its locations (see
+    `batched`).
 
     Statistics are computed and returned in float32 at least: half-precision inputs are raised before anything is
     summed over samples, because curvature estimates need the digits.
@@ -75,11 +76,12 @@ class LayerView(ABC):
     """A has nothing off its diagonal: one entry of every `a` at most is not zero."""
 
     def batched(self, x: Tensor) -> Tensor:
-        """`x` with its samples along axis 0: an unbatched sample becomes a batch of one. Takes outputs as well.
+        """`x` with its samples along axis 0: an unbatched sample becomes a batch of one.
 
         The rows that a fully connected layer sees are samples, each by itself, whatever the axes they are arranged in:
         `[N, T, d]`, `[T, N, d]` and `[N T, d]` are the same batch to the optimizer, and its damping the same. (The
-        views themselves, and chapter 3, call the positions of a sequence locations.)
+        views themselves, and chapter 3, call the positions of a sequence locations.) Takes outputs as well, where the
+        layer shows them.
         """
         return x
 

@@ -203,8 +203,9 @@ class KFQN(torch.optim.Optimizer):
             batches = {group: batch for group in self.plan.layer_groups if (batch := group.batch(records)) is not None}
             for group, batch in batches.items():
                 group.observe(batch, finite.to(group.started.device), average=average)
-            self.plan.moves.average(self.param_groups, finite)  # M <- mu M + (1 - mu) (G + tau W)
-            self.plan.moves.move(self.param_groups, finite)  # D = H_g M H_a; W <- W - lr length(D)
+            for moves in self.plan.moves:
+                moves.average(self.param_groups, finite)  # M <- mu M + (1 - mu) (G + tau W)
+                moves.move(self.param_groups, finite)  # D = H_g M H_a; W <- W - lr length(D)
             for params, settings in zip(self.plan.rest, self.param_groups, strict=True):
                 self.fallback.move([p for p in params if p.grad is not None], settings, finite)
         self._pairs.learn(self.plan.layer_groups, self.plan.hooks, records, finite, refresh)  # H_g <- BFGS(H_g, pair)

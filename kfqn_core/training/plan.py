@@ -7,8 +7,9 @@ holds; what was learnt of a layer goes along into the next plan by its name.
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from kfqn_core.training.moves import Moves
 from kfqn_core.training.options import Options
 from kfqn_core.training.selection import Selected, activation_factors, curvature_layers, shape_key
 
+# Numbers that a step handles at once: fewer calls beyond save no time, and it holds as many beside the state.
+LARGE = 2**21
 ROWS = 4096  # input vectors that "auto", and a low-rank factor, look at in a mini-batch: more cost time and add little
 
 
@@ -43,7 +46,7 @@ class Plan:
         groups: of layers of one shape; each with the indices of the parameter groups of its weights and biases.
         places: by layer name, its group and its number there.
         kinds: by layer name, the form of its activation factor.
-        moves: what a step does to all groups at once.
+        moves: what a step does to all layers of so many groups at once as are not large.
         rest: the parameters that the fallback moves, by parameter group.
         new: names of layers that the plan before did not hold, or not as this matrix.
     """
@@ -74,7 +77,10 @@ class Plan:
             of = tuple(where[id(p)] for p in (layer.weight, layer.bias if layer.bias is not None else layer.weight))
             own = options.of(layer.view)
             members.setdefault((*shape_key(layer), self.kinds[name], own, of), []).append(layer)
-        self.groups = [(Group(alike, key[-3], key[-2], ranks, device), key[-1]) for key, alike in members.items()]
+        self.groups = [
+            (Group(alike, key[-3], key[-2], ranks, device), key[-1])
+            for key, layers_of_key in members.items() for alike in _pieces(layers_of_key)
+        ]  # fmt: skip
         self.places = {
             layer.name: (group, i) for group, _ in self.groups for i, layer in enumerate(group.layers)
         }  # fmt: skip
@@ -85,7 +91,7 @@ class Plan:
         for p in (p for params in self.rest for p in params):
             fallback.adopt(p, device)
         self._fingerprint = self._look(param_groups)
-        self.moves = Moves(self.groups)
+        self.moves = _moves(self.groups)
         watched = {} if device is not None else {n: (layer.module, layer.part) for n, layer in layers.items()}
         self.hooks = Hooks(watched, outputs=options.pairs is not None, ranks=ranks)
         few = options.activation_factor in ("auto", "low_rank", "diagonal")
@@ -100,7 +106,7 @@ class Plan:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.moves = Moves(self.groups)  # anew: views do not come out of a pickle as views
+        self.moves = _moves(self.groups)  # anew: views do not come out of a pickle as views
 
     def _kinds(self, layers: Mapping[str, Selected], last: Plan | None) -> dict[str, str]:
         views = [layer.view for layer in layers.values()]
@@ -201,6 +207,28 @@ class Plan:
         layers = [t for group, _ in self.groups for t in (*group.tensors().values(), *group.M, group.started)]
         rest = [t for params in self.rest for p in params for t in fallback.state[p].values()]
         return sum(t.numel() * t.element_size() for t in (*layers, *rest) if isinstance(t, Tensor))
+
+
+def _pieces(layers: list[Selected]) -> Iterator[list[Selected]]:
+    """Layers of one shape, so many at a time as are not large."""
+    view = layers[0].view
+    at_once = max(1, LARGE // (view.groups * view.d_out * view.d_in))
+    for i in range(0, len(layers), at_once):
+        yield layers[i : i + at_once]
+
+
+def _moves(groups: Sequence[tuple[Group, tuple[int, int]]]) -> list[Moves]:
+    """The moves of groups, so many at a time as are not large."""
+    together: list[list[tuple[Group, tuple[int, int]]]] = []
+    numbers = LARGE
+    for group, indices in groups:
+        size = math.prod(group.size)
+        if numbers + size > LARGE:
+            together.append([])
+            numbers = 0
+        together[-1].append((group, indices))
+        numbers += size
+    return [Moves(some) for some in together]
 
 
 def adam_bytes(parameters: Sequence[Tensor]) -> int:

@@ -89,7 +89,7 @@ def forward(model: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Tenso
     # Every place that holds one of them, under one name: PyTorch itself would replace the tensors of a module with two
     # names twice, and put only the first replacement back.
     replaced = {
-        f"{prefix}.{name}".lstrip("."): new[id(tensor)]
+        f"{prefix}.{name}".lstrip("."): _with_padding(module, tensor, new[id(tensor)])
         for prefix, module in model.named_modules()
         for name, tensor in (module._parameters | module._buffers).items()
         if id(tensor) in new
@@ -99,6 +99,14 @@ def forward(model: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Tenso
     if not isinstance(output, Tensor):
         raise TypeError(f"the model must return one tensor, not {type(output).__name__}; wrap it in a module that does")
     return output
+
+
+def _with_padding(module: nn.Module, tensor: Tensor, replacement: Tensor) -> Tensor:
+    """The replacement, in which the padding row of an embedding is the constant that its zero gradient says it is."""
+    if not isinstance(module, nn.Embedding) or module.padding_idx is None:
+        return replacement
+    padding = torch.arange(len(tensor), device=tensor.device) == module.padding_idx
+    return torch.where(padding[:, None], tensor.detach(), replacement)
 
 
 @contextmanager

@@ -27,8 +27,8 @@ def test_values_and_defaults(tmp_path):
     more = tiny.entry("02-two", "Two", budget_s=7, device="gpu", requires=["01-one"])
     (tmp_path / "book.toml").write_text(book_toml(ONE + more))
     one, two = manifest.read(tmp_path).chapters
-    assert (one.budget_s, one.timeout_s, one.device, one.requires, one.number) == (30, 30, "cpu", (), 1)
-    assert (two.budget_s, two.timeout_s, two.device, two.requires, two.number) == (7, 30, "gpu", ("01-one",), 2)
+    assert (one.budget_s, one.timeout_s, one.device, one.requires, one.number) == (30, 120, "cpu", (), 1)
+    assert (two.budget_s, two.timeout_s, two.device, two.requires, two.number) == (7, 120, "gpu", ("01-one",), 2)
 
 
 @pytest.mark.parametrize(

@@ -169,8 +169,11 @@ def test_metadata_that_is_not_yaml_names_the_chapter(tmp_path):
         notebooks.execute(book, book.chapters[0])
 
 
+OVER = re.compile(r"02-slow: took (\d+\.\d) s, budget 2 s: if this machine is quiet, make it smaller")
+
+
 def test_pytest_reports_chapters(tmp_path):
-    sleep = tiny.code("import time\ntime.sleep(1)")
+    sleep = tiny.code("import time\ntime.sleep(2)")
     chapters = [
         ("01-good", "Good", tiny.CLAIM),
         ("02-slow", "Slow", sleep),
@@ -181,13 +184,11 @@ def test_pytest_reports_chapters(tmp_path):
     root = tiny.write(
         tmp_path,
         *chapters,
-        c02_slow={"budget_s": 1},
+        c02_slow={"budget_s": 2},
         c04_endless={"budget_s": 1, "timeout_s": 60},
         c05_gpu={"device": "gpu"},
     )
     tiny.install_tools(root)
-    collector = root / "tools" / "collector.py"
-    collector.write_text(re.sub("^HARD_STOP = .*$", "HARD_STOP = 4", collector.read_text(), flags=re.MULTILINE))
     report = tiny.run(root, "pytest", "-v", "-rfs", "--nbmake", "chapters").stdout
     lines = report.splitlines()
 
@@ -195,10 +196,10 @@ def test_pytest_reports_chapters(tmp_path):
         return any(all(piece in line for piece in pieces) for line in lines)
 
     assert has("chapters/01-good.md::Good PASSED (took ", " s, budget 30 s; checks tried in ")
-    assert has("chapters/02-slow.md::Slow PASSED (took ", " s, budget 1 s; checks tried in ")
-    assert [line for line in lines if line.startswith("0") and ": took " in line and "budget 1 s" in line]
+    assert has("chapters/02-slow.md::Slow PASSED (took ", " s, budget 2 s; checks tried in ")
+    assert [line for line in lines if OVER.match(line)]
     assert has("FAILED chapters/03-wrong.md::Wrong - 03-wrong, code cell 1 (1 / 0): ZeroDivisionError")
-    assert has("FAILED chapters/04-endless.md::Endless - 04-endless: stopped after 4 times its budget of 1 s")
+    assert has("FAILED chapters/04-endless.md::Endless - 04-endless: stopped after 20 times its budget of 1 s")
     assert has("SKIPPED", "this chapter needs a GPU, and there is none here")
     assert "2 failed, 2 passed, 1 skipped" in report
 
@@ -208,21 +209,18 @@ def test_pytest_reports_chapters(tmp_path):
     assert report.stdout.count("REUSED") == 2
 
 
-@pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["alone", "two workers"])
-def test_a_chapter_over_its_budget_is_a_warning(tmp_path, workers):
-    slow = tiny.code("import time\ntime.sleep(1)")
-    root = tiny.write(tmp_path, ("01-slow", "Slow", slow), ("02-good", "Good", ""), c01_slow={"budget_s": 1})
+def test_a_chapter_over_its_budget_fails_only_where_it_is_asked_to(tmp_path):
+    slow = tiny.code("import time\ntime.sleep(2)")
+    root = tiny.write(tmp_path, ("01-good", "Good", ""), ("02-slow", "Slow", slow), c02_slow={"budget_s": 2})
     tiny.install_tools(root)
-    said = re.compile(r"01-slow: took (\d+\.\d) s, budget 1 s: if this machine is quiet, make it smaller")
-
-    report = tiny.run(root, "pytest", "-q", *workers, "--nbmake", "chapters")
+    report = tiny.run(root, "pytest", "-q", "-n", "2", "--nbmake", "chapters")
     assert report.returncode == 0, report.stdout
-    (seconds,) = said.findall(report.stdout)
-    assert float(seconds) > 1
+    (seconds,) = OVER.findall(report.stdout)
+    assert float(seconds) >= 2
 
-    report = tiny.run(root, "pytest", "-q", *workers, "--nbmake", "--strict-budgets", "chapters")
+    report = tiny.run(root, "pytest", "-q", "--nbmake", "--strict-budgets", "chapters")
     assert report.returncode == 1
-    assert re.search("^FAILED chapters/01-slow.md::Slow - " + said.pattern, report.stdout, re.MULTILINE)
+    assert re.search("^FAILED chapters/02-slow.md::Slow - " + OVER.pattern, report.stdout, re.MULTILINE)
     assert "1 failed, 1 passed" in report.stdout
 
 
@@ -235,12 +233,11 @@ def test_only_listed_chapters_run(tmp_path):
         nbformat.write(stray, root / place)
     (root / "chapters" / "untitled.md").write_text(tiny.HEADER + tiny.code("1 / 0"))
     (root / "chapters" / "note.md").write_text("---\nnot: [yaml\n---\nno notebook at all\n")
-    for target in ("chapters", "."):
-        report = tiny.run(root, "pytest", "-q", "--nbmake", target)
-        assert report.returncode == 0, report.stdout
-        assert "1 passed" in report.stdout or target == "."
-        assert "untitled.ipynb is not listed in book.toml, and was left out" in report.stdout
-        assert "untitled.md is not listed in book.toml, and was left out" in report.stdout
+    report = tiny.run(root, "pytest", "-q", "--nbmake", ".")  # the chapters, and whatever else lies about
+    assert report.returncode == 0, report.stdout
+    assert "2 passed" in report.stdout, "the chapter, and the unit test"
+    assert "untitled.ipynb is not listed in book.toml, and was left out" in report.stdout
+    assert "untitled.md is not listed in book.toml, and was left out" in report.stdout
     assert not list(root.rglob("ran"))
 
 

@@ -18,7 +18,7 @@ language = "en"
 src = "chapters"
 
 [defaults]
-timeout_s = 30
+timeout_s = 120
 budget_s = 30
 device = "cpu"
 kernel = "python3"
@@ -154,5 +154,5 @@ def run(root: Path, *arguments: str, **variables: str) -> subprocess.CompletedPr
     """`python -m ...` in the tiny book, on a machine without a GPU, with further environment `variables`."""
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"} | variables
     return subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=root, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", *arguments], cwd=root, env=environment, capture_output=True, text=True, timeout=600
     )
