@@ -30,7 +30,7 @@ def test_layer_update_is_one_graph(method):
         before = {key: value.clone() for key, value in eager.tensors().items()}
         for layer, wrap in ((eager, lambda f: f), (compiled, lambda f: torch.compile(f, **COMPILE))):
             if layer.activation.every_step:
-                wrap(layer.activation.average)(record, where)
+                layer.activation.average(record, where)
             wrap(layer.activation.update)(record, where)
             if layer.gradient is not None:
                 wrap(layer.gradient.update)(s, y, g, where)

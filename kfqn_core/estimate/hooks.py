@@ -129,7 +129,12 @@ class Watch:
         self._register()
 
     def _register(self) -> None:
-        self.watching, self.noticed, self.mode, self.error = True, False, "gradient", ""  # the first pass also tells which ranks there are
+        self.watching, self.noticed, self.mode, self.error = (
+            True,
+            False,
+            "gradient",
+            "",
+        )  # the first pass also tells which ranks there are
         self.clear()
         self._weight = self._module.get_parameter(self.part.weight)
         if Watch.observe_eagerly is None:

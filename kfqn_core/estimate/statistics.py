@@ -167,7 +167,9 @@ class Record:
     def _with_inputs(self) -> list[tuple[Tensor, Use]]:
         uses = [(use.x, use) for use in self.uses if use.x is not None]
         if not uses:
-            raise ValueError("the inputs of this layer are not known: forward and backward must pass it before the step")
+            raise ValueError(
+                "the inputs of this layer are not known: forward and backward must pass it before the step"
+            )
         return uses
 
     def _sum_over_uses(self, statistic: Callable[[Tensor], Tensor]) -> Tensor:
@@ -213,7 +215,10 @@ class Batch:
 
     def locations(self) -> list[float]:
         """T of every layer, a mean over ranks; 1 where it was not seen."""
-        here = [record.T if record is not None and seen else 1.0 for record, seen in zip(self._records, self.seen, strict=True)]
+        here = [
+            record.T if record is not None and seen else 1.0
+            for record, seen in zip(self._records, self.seen, strict=True)
+        ]
         if self._ranks.alone:
             return here
         return self._ranks.mean(self._like.new_tensor(here, dtype=torch.float64)).tolist()  # waits for the device

@@ -138,17 +138,17 @@ def parts(module: nn.MultiheadAttention) -> tuple[Part, ...]:
         has_bias = _owned(module, "in_proj_bias")
         projections = InProjectionView(module.in_proj_weight, has_bias=has_bias)
         found.append(
-            Part("in_proj", projections, "in_proj_weight", "in_proj_bias" if has_bias else None, in_projection)
+            Part("in_proj", projections, "in_proj_weight", "in_proj_bias" if has_bias else None, in_projection, False)
         )
     for which, name in enumerate(("q_proj", "k_proj", "v_proj")):
         weight = f"{name}_weight"
         if _owned(module, weight):
             view = LinearView.of(getattr(module, weight), has_bias=False)
-            found.append(Part(name, view, weight, None, partial(one_projection, which)))
+            found.append(Part(name, view, weight, None, partial(one_projection, which), False))
     out = module.out_proj
     if type(out) is NonDynamicallyQuantizableLinear and _owned(out, "weight"):
         view, bias = LinearView(out), None if out.bias is None else "out_proj.bias"
-        found.append(Part("out_proj", view, "out_proj.weight", bias, out_projection))
+        found.append(Part("out_proj", view, "out_proj.weight", bias, out_projection, False))
     if not found:
         raise UnsupportedLayer(
             f"{type(module).__name__} computes its weights from other parameters, so h is not linear in those; "

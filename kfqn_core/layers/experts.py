@@ -121,7 +121,9 @@ def parts(module: Any) -> tuple[Part, ...]:
             f"{type(module).__name__} does not hold its experts as one parameter gate_up_proj [E, d_out, d] with its "
             "layout in is_transposed; leave its parameters to the fallback"
         )
-    return (Part("gate_up_proj", ExpertsView(weight, transposed=transposed), "gate_up_proj", None, routed_input),)
+    return (
+        Part("gate_up_proj", ExpertsView(weight, transposed=transposed), "gate_up_proj", None, routed_input, False),
+    )
 
 
 def routed_input(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call | None:

@@ -220,6 +220,7 @@ class Part:
         view: the matrix as `h = W a`.
         weight, bias: its parameters, as dotted names below the module; `bias` is None if there is none.
         call: from `(module, args, kwargs, output)` of a forward to what it showed, or None if it showed nothing.
+        shows_h: whether calls show the pre-activation, as pairs for `H_g` need it; without it there is only `H_a`.
     """
 
     name: str
@@ -227,6 +228,7 @@ class Part:
     weight: str = "weight"
     bias: str | None = "bias"
     call: Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Call | None] = input_and_output
+    shows_h: bool = True
 
 
 def check_floating(x: Tensor, what: str) -> None:

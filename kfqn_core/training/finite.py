@@ -25,7 +25,9 @@ def all_finite(params: Sequence[nn.Parameter], loss: Any, found_inf: Tensor | No
         assert p.grad is not None
         gradients.setdefault((p.grad.device, p.grad.dtype), []).append(p.grad)
     # By their largest entries: a sum of squares may overflow.
-    flags = [(torch.stack(torch._foreach_norm(of, torch.inf)) < torch.inf).all().to(device) for of in gradients.values()]
+    flags = [
+        (torch.stack(torch._foreach_norm(of, torch.inf)) < torch.inf).all().to(device) for of in gradients.values()
+    ]
     if isinstance(loss, Tensor):
         flags.append(torch.isfinite(loss.detach()).all().to(device))
     elif isinstance(loss, float):

@@ -268,7 +268,9 @@ class Group:
         """Raise ValueError unless these tensors are the state of layer i by name and shape."""
         for what, own, saved in zip(("weight", "bias"), self.state(i), (weight, bias), strict=True):
             differing = sorted(
-                key for key in {*own, *saved} if key not in own or key not in saved or own[key].shape != saved[key].shape
+                key
+                for key in {*own, *saved}
+                if key not in own or key not in saved or own[key].shape != saved[key].shape
             )
             if differing:
                 raise ValueError(
@@ -354,4 +356,3 @@ def _restricted(factor: Any, rows: slice) -> Any:
         elif isinstance(value, DenseInverse | LimitedMemoryInverse):
             setattr(part, name, _restricted(value, rows))
     return part
-

@@ -105,7 +105,9 @@ class Moves:
 def _flattened(members: list[tuple[Group, int]]) -> Tensor:
     """The momenta of one side of several groups as one flat tensor, of which the groups get views in their place."""
     flat = torch.cat([group.M[side].reshape(-1) for group, side in members])
-    for (group, side), part in zip(members, flat.split([group.M[side].numel() for group, side in members]), strict=True):
+    for (group, side), part in zip(
+        members, flat.split([group.M[side].numel() for group, side in members]), strict=True
+    ):
         columns = list(group.M)
         columns[side] = part.view_as(columns[side])
         group.M = Columns(*columns)

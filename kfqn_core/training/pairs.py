@@ -128,7 +128,7 @@ class SamePoint(NoPairs):
         except Exception as error:  # the weights have moved: a step is not half done
             warnings.warn(
                 f"the second evaluation of the closure failed ({type(error).__name__}: {error}), so this step has no "
-                "pair for H_g: a closure for pairs=\"second_pass\" must be able to run twice, the second time with "
+                'pair for H_g: a closure for pairs="second_pass" must be able to run twice, the second time with '
                 "frozen parameters",
                 stacklevel=6,
             )

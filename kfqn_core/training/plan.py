@@ -70,7 +70,7 @@ class Plan:
 
         layers = {n: layer for n, layer in curvature_layers(model, may_move).items() if n not in refused}
         if options.pairs is not None:
-            layers = {name: layer for name, layer in layers.items() if getattr(layer.part, 'shows_h', True)}
+            layers = {name: layer for name, layer in layers.items() if layer.part.shows_h}
         self.kinds = self._kinds(layers, last)
         members: dict[tuple[Any, ...], list[Selected]] = {}
         for name, layer in layers.items():
@@ -85,9 +85,7 @@ class Plan:
             layer.name: (group, i) for group, _ in self.groups for i, layer in enumerate(group.layers)
         }  # fmt: skip
         covered = {id(p) for layer in layers.values() for p in layer.parameters}
-        self.rest = [
-            [p for p in group["params"] if p.requires_grad and id(p) not in covered] for group in param_groups
-        ]
+        self.rest = [[p for p in group["params"] if p.requires_grad and id(p) not in covered] for group in param_groups]
         for p in (p for params in self.rest for p in params):
             fallback.adopt(p, device)
         self._fingerprint = self._look(param_groups)
@@ -175,7 +173,9 @@ class Plan:
         objects, flags = self._look(param_groups, self._modules)
         known_objects, known_flags = self._fingerprint
         return (
-            len(objects) == len(known_objects) and all(map(operator.is_, objects, known_objects)) and flags == known_flags
+            len(objects) == len(known_objects)
+            and all(map(operator.is_, objects, known_objects))
+            and flags == known_flags
         )
 
     def _look(
