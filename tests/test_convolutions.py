@@ -272,7 +272,6 @@ def calls(method):
         (nn.Conv1d, {"kernel_size": 4, "padding": "same", "dilation": 3}, (11,)),  # uneven sides
         (nn.Conv2d, {"kernel_size": (3, 2), "padding": (2, 0), "dilation": (1, 2)}, (6, 5)),
         (nn.Conv2d, {"kernel_size": (2, 3), "padding": (0, 1), "groups": 2}, (4, 5)),
-        (nn.Conv2d, {"kernel_size": 1, "bias": False}, (3, 4)),
         (nn.Conv3d, {"kernel_size": (1, 3, 2), "padding": (0, 1, 1), "bias": False}, (3, 4, 5)),
     ],
 )
@@ -294,6 +293,21 @@ def test_products_and_shifts_are_the_convolutions(kind, arguments, sizes, mode):
         relative(v.activation_action(x, torch.stack([probe, -probe], -1))[..., 1], -(A @ probe[..., None])[..., 0])
         < 1e-13
     )
+
+
+@pytest.mark.parametrize("arguments", [{}, {"bias": False, "stride": 2}, {"groups": 2, "stride": (1, 3)}], ids=str)
+def test_a_kernel_of_one_position_takes_pixels_for_patches(arguments):
+    """No convolution for the mean input, `A v` of one vector or of several; and all are those of the patches."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(6, 4, 1, dtype=F64, **arguments)
+    v, x = view(layer), torch.randn(3, 6, 5, 4, dtype=F64)
+    patches = v.patches(x)
+    A = torch.einsum("ngti,ngtj->gij", patches, patches) / len(x)
+    probes = torch.randn(v.groups, v.d_in, 3, dtype=F64)
+    assert not any("convolution" in name for name in calls(lambda: (v.mean_input(x), v.activation_action(x, probes))))
+    assert relative(v.mean_input(x), patches.mean((0, 2))) < 1e-13
+    assert relative(v.activation_action(x, probes), A @ probes) < 1e-13
+    assert relative(v.activation_action(x, probes[..., 0]), (A @ probes)[..., 0]) < 1e-13
 
 
 def test_gradients_go_through_the_same_door():

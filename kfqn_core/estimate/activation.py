@@ -22,8 +22,11 @@ DECAY = 0.9  # weight of the past in the running averages of the forms that keep
 class Sizes(Protocol):
     """What a factor asks of a layer: a `LayerView` is one."""
 
-    groups: int
-    d_in: int
+    @property
+    def groups(self) -> int: ...
+
+    @property
+    def d_in(self) -> int: ...
 
 
 class Activation(Protocol):
@@ -35,7 +38,9 @@ class Activation(Protocol):
     """
 
     damping: float | Tensor
-    every_step: bool
+
+    @property
+    def every_step(self) -> bool: ...
 
     @property
     def H(self) -> Tensor:
@@ -45,7 +50,7 @@ class Activation(Protocol):
         """Everything that lives from one step to the next, by name, `[B, ...]` each."""
 
     def start(self, statistics: Statistics, where: Tensor = EVERYWHERE) -> Tensor:
-        """From the first mini-batch, where `where` (`[B]` or one for all) holds and the result is finite; returns where."""
+        """From the first mini-batch, where `where` (`[B]`, or one for all) and finite; returns where it was so."""
 
     def start_from(self, A: Tensor, where: Tensor = EVERYWHERE) -> Tensor:
         """`start` from a formed `A` `[B, d_in, d_in]`: the warm start."""
@@ -54,7 +59,7 @@ class Activation(Protocol):
         """Learn from a mini-batch in whose step curvature is not updated, if `every_step`."""
 
     def update(self, statistics: Statistics, where: Tensor = EVERYWHERE, decay: float = DECAY) -> None:
-        """One update, where `where` `[B]` holds and the result is finite; `decay` weighs the past of a running form."""
+        """One update, where `where` holds and the result is finite; `decay` weighs the past of a running form."""
 
     def precondition(self, M: Columns) -> Tensor:
         """`M H_a`, `[B, d_out, d_in]`."""

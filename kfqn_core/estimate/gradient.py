@@ -16,8 +16,11 @@ from kfqn_core.maths.secant import LimitedMemoryInverse
 class Sizes(Protocol):
     """What a factor asks of a layer: a `LayerView` is one."""
 
-    groups: int
-    d_out: int
+    @property
+    def groups(self) -> int: ...
+
+    @property
+    def d_out(self) -> int: ...
 
 
 class GradientFactor:
@@ -95,7 +98,8 @@ class GradientFactor:
         if isinstance(self.damping, float | int):
             return self._damped(H_y, s, y, self.damping)
         # Layers of one shape act at different numbers of locations, and some splits of the damping depend on them.
-        rows = [self._damped(*row, mu2) for *row, mu2 in zip(H_y, s, y, self.damping, strict=True)]
+        by_row = zip(H_y, s, y, self.damping, strict=True)
+        rows = [self._damped(H_y_row, s_row, y_row, mu2) for H_y_row, s_row, y_row, mu2 in by_row]
         return torch.stack([s for s, _ in rows]), torch.stack([y for _, y in rows])
 
     def _damped(self, H_y: Tensor, s: Tensor, y: Tensor, mu2: float) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,9 @@ entered a gradient that was cleared since, by whomever, is forgotten with it.
 Which forward a use belongs to does not matter: see `statistics`.
 
 Until backward comes, the input belongs to the graph of its pass, as a saved tensor: it goes with the graph, and
-activation checkpointing drops and recomputes it as it does with all others. Afterwards it is kept until the step, thinned
-where its layer's factor can do with less, or where memory is the reason for what the user does: where micro-batches are
-accumulated, and where activations are recomputed.
+activation checkpointing drops and recomputes it as it does with all others. Afterwards it is kept until the step,
+thinned where its layer's factor can do with less, or where memory is the reason for what the user does: where
+micro-batches are accumulated, and where activations are recomputed.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class Watch:
         return bool(self._uses or self._captured)
 
     def pop(self) -> Record | None:
-        """What was seen since the last call; None if that is nothing. `empty` and `gradient_size` stay until the next."""
+        """What was seen since the last call; None if that is nothing. `empty` and `gradient_size` stay."""
         uses = self._uses
         if not uses and self._captured and self._weight.grad is not None:
             uses = self._captured  # gradients that were taken by autograd.grad, and assigned
@@ -230,7 +230,7 @@ class Watch:
         if counts == "no":
             return
         self._stale = self._cleared()
-        last = sight.use and sight.use()
+        last = None if sight.use is None else sight.use()
         known = not self._stale and any(last is use for use in self._uses)  # an earlier backward has been here
         if last is None or not known or counts == "captured":
             use = sight.new_use(FEW if sight.dropped else self.vectors)
@@ -385,7 +385,7 @@ class _ForwardHook(_Hook):
         watch = self._watch()
         if watch is None or not (watch.mode == "inputs" or (watch.watching and torch.is_grad_enabled())):
             return None
-        observe = Watch.observe_eagerly if torch.compiler.is_compiling() else Watch.observe
+        observe: Any = Watch.observe_eagerly if torch.compiler.is_compiling() else Watch.observe
         try:
             return observe(watch, module, args, kwargs, output)
         except Exception as error:  # whatever is wrong with the statistics, the user's forward goes on

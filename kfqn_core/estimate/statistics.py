@@ -258,7 +258,7 @@ class Batch:
 
     @cached_property
     def _rows(self) -> Tensor | None:
-        """Inputs of fully connected layers side by side, `[L, R, d]`, where they are alike and copying them is cheap."""
+        """Inputs of fully connected layers side by side, `[L, R, d]`, where they are alike and a copy is cheap."""
         if len(self._records) == 1 or not all(isinstance(view, LinearView) for view in self._views):
             return None
         uses = [record.uses if record is not None else [] for record in self._records]

@@ -34,6 +34,8 @@ class ConvView(LayerView):
         self._padding_mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         axes = zip(self.kernel, self.dilation, self._padding, strict=True)
         self._smallest = [_smallest_size(*axis, layer.padding_mode) for axis in axes]
+        # Patches are pixels then, and `a . v` a product of matrices.
+        self._is_pointwise = math.prod(self.kernel) == 1 and not any(map(any, self._padding))
 
     def batched(self, x: Tensor) -> Tensor:
         return x.unsqueeze(0) if x.dim() == 1 + len(self.kernel) else x  # [C, *spatial] -> [1, C, *spatial]
@@ -68,6 +70,9 @@ class ConvView(LayerView):
 
     def mean_input(self, x: Tensor) -> Tensor:
         T = self.locations(x)
+        if self._is_pointwise:
+            mean = self._pixels(x).mean(dim=(0, 3), dtype=dtype_of_sums(x))  # [N, groups, C, T] -> [groups, C]
+            return pad(mean, (0, 1), value=1.0) if self.has_bias else mean
         # Padding and patches are linear in x: the mean over samples comes first, and one sample is convolved.
         mean = x.mean(0, keepdim=True, dtype=dtype_of_sums(x))
         ones = mean.new_ones(1, self.groups, *self._grid(x))
@@ -91,6 +96,12 @@ class ConvView(LayerView):
 
         For k vectors per group, `V` `[groups, d, k]` with their biases `[groups * k]`.
         """
+        if self._is_pointwise:
+            pixels = self._pixels(x)
+            scores = V.mT @ pixels  # [groups, k, C] @ [N, groups, C, T] -> [N, groups, k, T]
+            if bias is not None:
+                scores = scores + bias.view(self.groups, -1, 1)
+            return scores.flatten(1, 2), (pixels @ scores.mT).sum(0)
         few_positions = math.prod(self.kernel) <= self._channels // self.groups
         if V.shape[-1] == 1 and few_positions and max(self.stride) == 1:
             return self._scores_by_shifts(x, V, bias)
@@ -99,6 +110,12 @@ class ConvView(LayerView):
         zeros = [0] * len(self.kernel)
         scores = torch.convolution(x, filters, bias, self.stride, zeros, self.dilation, False, zeros, self.groups)
         return scores, self._weight_gradient(x, scores)
+
+    def _pixels(self, x: Tensor) -> Tensor:
+        """The pixels that a kernel of one position meets, `[N, groups, C, T]`."""
+        for axis, step in enumerate(self.stride):
+            x = x[(slice(None),) * (2 + axis) + (slice(None, None, step),)]
+        return x.flatten(2).unflatten(1, (self.groups, -1))
 
     def _scores_by_shifts(self, x: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """`a . v` at all locations `[N, groups, *T]`, and the sum over them of patch times score, `[groups, d, 1]`.

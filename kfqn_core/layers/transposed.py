@@ -34,6 +34,8 @@ class TransposedConvView(ConvView):
     gradient of that layer. Neither forms the input with zeros between, nor patches of it.
     """
 
+    _is_pointwise = False
+
     def __init__(self, layer: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d) -> None:
         self.groups = layer.groups
         self.has_bias = layer.bias is not None

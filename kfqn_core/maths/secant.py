@@ -22,10 +22,10 @@ def bfgs_inverse_update(H: Tensor, s: Tensor, y: Tensor) -> Tensor:
         s, y: `[..., n]`, the step and the change of the gradient, with the leading dimensions of `H`.
 
     Returns:
-        `H+`, `[..., n, n]`. Eagerly computed it equals its own transpose bit for bit; a compiler that fuses multiplications
-    into additions may leave a rounding error. For a positive definite `H`, `H+` is positive definite if and only if
-    `s^T y > 0`. That is **not checked**, since a check would wait for the device: the caller damps the pair, or drops
-    `H+` with `torch.where`. For `s^T y = 0` the entries are infinite or NaN.
+        `H+`, `[..., n, n]`. Eagerly computed it equals its own transpose bit for bit; a compiler that fuses
+        multiplications into additions may leave a rounding error. For a positive definite `H`, `H+` is positive
+        definite if and only if `s^T y > 0`. That is **not checked**, since a check would wait for the device: the
+        caller damps the pair, or drops `H+` with `torch.where`. For `s^T y = 0` the entries are infinite or NaN.
 
     Raises:
         TypeError, ValueError: for tensors whose dtypes or shapes do not fit together.

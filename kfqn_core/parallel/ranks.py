@@ -53,7 +53,7 @@ class Ranks:
             if size > 1:
                 raise RuntimeError(
                     f"this is one of {size} processes, and nothing tells whether they train one model: wrap it in "
-                    "DistributedDataParallel, or say KFQN(model, process_group=...) with the processes that average its "
+                    "DistributedDataParallel, or say KFQN(model, process_group=...) with those that average its "
                     "gradients (a group of this process alone, if nobody else does)"
                 )
 

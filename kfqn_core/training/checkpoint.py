@@ -6,7 +6,7 @@ So it passes through everything that knows `torch.optim`: `torch.save`, `torch.d
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +18,9 @@ from kfqn_core.training.plan import Plan
 COUNTERS = ("steps", "skipped_steps", "warm_started")
 
 
-def states(plan: Plan, fallback: Fallback) -> dict[Tensor, dict[str, Tensor]]:
+def states(plan: Plan, fallback: Fallback) -> defaultdict[Tensor, Any]:
     """The state of every parameter by name, views of what the groups hold: made here, and not kept."""
-    state: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
+    state: defaultdict[Tensor, Any] = defaultdict(dict)
     for group, _ in plan.groups:
         for i, layer in enumerate(group.layers):
             state[layer.weight], bias = group.state(i)
@@ -31,19 +31,31 @@ def states(plan: Plan, fallback: Fallback) -> dict[Tensor, dict[str, Tensor]]:
     return state
 
 
-def check(state_dict: Mapping[str, Any]) -> None:
-    """Raise ValueError unless this is a state of KFQN that can be loaded."""
+def unpacked(
+    state_dict: Mapping[str, Any], params: Sequence[Tensor]
+) -> tuple[dict[Tensor, Mapping[str, Tensor]], list[dict[str, Any]], tuple[Any, ...]]:
+    """A saved state as the state of `params` in their order, the parameter groups without counters, and the counters.
+
+    Raises:
+        ValueError: if it is no state of KFQN that can be loaded, or one for another number of parameters.
+    """
     if "kfqn" in state_dict:
         raise ValueError(
-            "this state was saved by kfqn-core before 0.2, which kept every layer by itself: load it there and save the "
-            "model, or start the optimizer anew (its factors are estimated again within a few steps)"
+            "this state was saved by kfqn-core before 0.2, which kept every layer by itself: load it there and save "
+            "the model, or start the optimizer anew (its factors are estimated again within a few steps)"
         )
-    groups = state_dict.get("param_groups", [])
+    groups = [dict(group) for group in state_dict.get("param_groups", [])]
     if not groups or any(counter not in group for group in groups for counter in COUNTERS):
         raise ValueError(f"this is not a state of KFQN: its keys are {sorted(state_dict)}")
+    counters = [tuple(group.pop(counter) for counter in COUNTERS) for group in groups]
+    indices = [i for group in groups for i in group["params"]]
+    if len(indices) != len(params):
+        raise ValueError(f"the saved state is of {len(indices)} parameters, and this optimizer has {len(params)}")
+    saved = {p: state_dict["state"].get(i, {}) for i, p in zip(indices, params, strict=True)}
+    return saved, groups, counters[0]
 
 
-def check_tensors(plan: Plan, fallback: Fallback, saved: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
+def check(plan: Plan, fallback: Fallback, saved: Mapping[Any, Mapping[str, Tensor]]) -> None:
     """Raise ValueError if a saved state was made with other options or for another model."""
     for group, _ in plan.groups:
         for i, layer in enumerate(group.layers):
@@ -57,7 +69,7 @@ def check_tensors(plan: Plan, fallback: Fallback, saved: Mapping[Tensor, Mapping
 
 
 @torch.no_grad()
-def load(plan: Plan, fallback: Fallback, saved: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
+def load(plan: Plan, fallback: Fallback, saved: Mapping[Any, Mapping[str, Tensor]]) -> None:
     """Copy the saved state of every parameter. Factors keep the dtype and device they have here."""
     for group, _ in plan.groups:
         for i, layer in enumerate(group.layers):

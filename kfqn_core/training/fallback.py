@@ -63,7 +63,7 @@ class Fallback:
     def _move_by_adam(self, params: list[nn.Parameter], settings: Mapping[str, Any], finite: Tensor) -> None:
         decay, rate = settings["weight_decay"], fallback_rate(settings)
         if settings["decoupled_weight_decay"] and decay:
-            torch._foreach_mul_(params, 1.0 - finite.to(torch.float32) * (rate * decay))
+            torch._foreach_mul_(list[Tensor](params), 1.0 - finite.to(torch.float32) * (rate * decay))
             decay = 0.0
         states = [self.state[p] for p in params]
         adam(

@@ -1,4 +1,4 @@
-"""Whether a step is to be taken at all: finite gradients and loss, without asking the host; and who hears of it if not."""
+"""Whether a step is to be taken at all: finite gradients and loss, without asking the host; and a word if not."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ class Skips:
         if known[1]:
             self._said = True
             warnings.warn(
-                f"the last {SKIPS} steps or more had a loss or gradient that is not finite, and changed nothing: look at "
-                "the loss, lower the rate, or scale the loss less (GradScaler); skipped_steps counts them",
+                f"the last {SKIPS} steps or more had a loss or gradient that is not finite, and changed nothing: look "
+                "at the loss, lower the rate, or scale the loss less (GradScaler); skipped_steps counts them",
                 stacklevel=5,
             )
 

@@ -111,6 +111,12 @@ class Group:
         self.unsettled = set(range(len(layers)))
         self._answer: Answer | None = None
 
+    def momentum(self, side: int) -> Tensor:
+        """Of the weights (side 0) or of the biases (1)."""
+        M = self.M[side]
+        assert M is not None
+        return M
+
     def rows(self, i: int) -> slice:
         """Those of layer i along axis 0."""
         return slice(i * self.groups, (i + 1) * self.groups)
@@ -128,7 +134,7 @@ class Group:
         return len(self.layers), view.groups, view.d_out, view.d_in
 
     def direction(self) -> Tensor:
-        """`D = H_g M H_a`, `[B, d_out, d_in]`: the inverse of the Kronecker-factored Hessian applied to the momentum."""
+        """`D = H_g M H_a`, `[B, d_out, d_in]`: the inverse of the Kronecker-factored Hessian applied to `M`."""
         D = self.activation.precondition(self.M)
         return D if self.gradient is None else self.gradient.inverse.apply(D)
 

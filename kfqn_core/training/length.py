@@ -30,7 +30,7 @@ def normalised(D: Tensor) -> Tensor:
 
 
 def normalised_rows(D: Tensor) -> Tensor:
-    """Every row of D, the weights of one output unit, to the length `0.2 sqrt(d_in)`, but for units that are hardly used."""
+    """Every row of D, the weights of one output unit, to the length `0.2 sqrt(d_in)`, but for units hardly used."""
     norms = D.norm(dim=-1, keepdim=True)
     return D * (STEP * math.sqrt(D.shape[-1]) / (norms + ROW_FLOOR * norms.mean()).clamp_min(SHORTEST))
 

@@ -18,7 +18,6 @@ from kfqn_core.maths.columns import Columns
 from kfqn_core.training.groups import Group
 from kfqn_core.training.length import Lengths
 
-
 Settings = Sequence[Mapping[str, Any]]
 Indices = tuple[int, int]
 
@@ -97,39 +96,40 @@ class Moves:
     def _decay(self, index: int, rate: Tensor, members: list[tuple[Group, Indices]], of: Mapping[str, Any]) -> None:
         if of["decoupled_weight_decay"] and of["weight_decay"]:
             shrinking: list[Tensor] = [
-                p for group, indices in members for side in (0, 1) if indices[side] == index for _, p in _moving(group, side)
+                p for group, indices in members for side in (0, 1) if indices[side] == index
+                for _, p in _moving(group, side)
             ]  # fmt: skip
             torch._foreach_mul_(shrinking, 1.0 - rate * of["weight_decay"])
 
 
 def _flattened(members: list[tuple[Group, int]]) -> Tensor:
     """The momenta of one side of several groups as one flat tensor, of which the groups get views in their place."""
-    flat = torch.cat([group.M[side].reshape(-1) for group, side in members])
-    for (group, side), part in zip(
-        members, flat.split([group.M[side].numel() for group, side in members]), strict=True
-    ):
-        columns = list(group.M)
-        columns[side] = part.view_as(columns[side])
-        group.M = Columns(*columns)
+    flat = torch.cat([group.momentum(side).reshape(-1) for group, side in members])
+    parts = flat.split([group.momentum(side).numel() for group, side in members])
+    for (group, side), part in zip(members, parts, strict=True):
+        part = part.view_as(group.momentum(side))
+        group.M = group.M._replace(b=part) if side else group.M._replace(W=part)
     return flat
 
 
 def _gradients(members: list[tuple[Group, int]]) -> Iterator[Tensor]:
-    """The gradients in the order of a flat tensor; where there is none the momentum, whose average with itself it is."""
+    """The gradients in the order of a flat tensor; where there is none the momentum, which then stays."""
     for group, side in members:
         for i, p in enumerate(group.parameters(side)):
-            gradient = None if p is None else p.grad
-            rows = group.M[side][group.rows(i)] if gradient is None else group.as_rows(side, i, gradient)
-            yield rows.reshape(-1)
+            if p is not None and p.grad is not None:
+                yield group.as_rows(side, i, p.grad).reshape(-1)
+            else:
+                yield group.momentum(side)[group.rows(i)].reshape(-1)
 
 
 def _values(members: list[tuple[Group, int]]) -> Iterator[Tensor]:
     """The parameters in the order of a flat tensor; zero where there is no gradient."""
     for group, side in members:
         for i, p in enumerate(group.parameters(side)):
-            moves = p is not None and p.grad is not None
-            rows = group.as_rows(side, i, p) if moves else torch.zeros_like(group.M[side][group.rows(i)])
-            yield rows.reshape(-1)
+            if p is not None and p.grad is not None:
+                yield group.as_rows(side, i, p).reshape(-1)
+            else:
+                yield torch.zeros_like(group.momentum(side)[group.rows(i)]).reshape(-1)
 
 
 def _moving(group: Group, side: int) -> Iterator[tuple[int, nn.Parameter]]:

@@ -7,7 +7,7 @@ matrix: `vec(D) = (H_a (x) H_g) vec(M)`.
 
 from __future__ import annotations
 
-import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -21,16 +21,15 @@ from kfqn_core.training.fallback import Fallback
 from kfqn_core.training.finite import Skips, all_finite, unscale
 from kfqn_core.training.groups import Layer
 from kfqn_core.training.options import Options, check_group, refreshes
-from kfqn_core.training.pairs import NextBatch, NoPairs, Pairs, SamePoint
-from kfqn_core.training.parameters import follow, groups_of, refuse_sparse
+from kfqn_core.training.pairs import SamePoint, source
+from kfqn_core.training.parameters import follow, groups_of, refuse_sparse, require_model
 from kfqn_core.training.plan import Plan
-from kfqn_core.training.report import summary, warn_of_coverage
+from kfqn_core.training.report import judge_coverage, say_unseen, summary
 from kfqn_core.training.warm_start import warm_start
 
-OWN = (
-    "_options", "_model", "_whole", "_ranks", "fallback", "plan", "_refused", "_pairs", "_skips", "_steps",
-    "_warm_started", "_names", "_removed",
-)  # fmt: skip
+OWN = tuple(
+    "_options _model _whole _ranks fallback plan _refused _pairs _skips _steps _warm_started _names _removed".split()
+)
 
 
 class KFQN(torch.optim.Optimizer):
@@ -73,9 +72,9 @@ class KFQN(torch.optim.Optimizer):
     neither parameters nor curvature and is counted in `skipped_steps`.
 
     Whatever has a gradient moves, whenever it was unfrozen, added or replaced. A model is copied and pickled without
-    its optimizer; `copy.deepcopy((model, optimizer))`, or a pickle of both, goes on as the originals do. `model` may be
-    wrapped by `torch.compile` or `DistributedDataParallel`, before or after. A compiled model leaves its graph at every
-    watched layer; under `DistributedDataParallel` statistics are averaged over ranks as gradients are.
+    its optimizer; `copy.deepcopy((model, optimizer))`, or a pickle of both, goes on as the originals do. Wrappers
+    (`torch.compile`, `DistributedDataParallel`) may come before or after: a compiled model leaves its graph at every
+    watched layer, and statistics are averaged over ranks as gradients are.
     """
 
     _step_supports_amp_scaling = True  # GradScaler hands over `grad_scale` and `found_inf`, as tensors
@@ -96,17 +95,13 @@ class KFQN(torch.optim.Optimizer):
         process_group: Any = None,
         **method: Any,
     ):
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"KFQN observes the layers of a model, and got a {type(model).__name__} as its first argument: pass "
-                "the model, KFQN(model), and parameters or groups of them as KFQN(model, params=...)"
-            )
+        require_model(model)
         self._options = Options.of_keywords(method)
         refuse_shards(model)
         self._model, self._whole = model, params is None
         self._ranks = Ranks(process_group)
         self.fallback = Fallback(by_adam=self._options.step_length != "raw")
-        self.plan: Plan = None  # type: ignore[assignment] - made below, when there are parameter groups
+        self.plan: Plan = None  # type: ignore[assignment]
         self._refused: frozenset[str] = frozenset()
         self._steps, self._warm_started, self._removed = 0, False, False
         defaults = {
@@ -115,17 +110,9 @@ class KFQN(torch.optim.Optimizer):
         }  # fmt: skip
         super().__init__(groups_of(model, params), defaults)
         self._skips = Skips(self._device or self.param_groups[0]["params"][0].device)
-        kinds: dict[str | None, Callable[[], Pairs]] = {
-            None: NoPairs, "next_batch": NextBatch, "second_pass": lambda: SamePoint(model, self._params, self._ranks)
-        }  # fmt: skip
-        self._pairs = kinds[self._options.pairs]()
+        self._pairs = source(self._options.pairs, model, self._params, self._ranks)
         self._make_plan()
-        if not self.plan.places:
-            raise ValueError(
-                f"{type(model).__name__} has no layer with trainable parameters of its own that is h = W a, so there "
-                "is nothing for KFQN to do: unfreeze a layer, or use another optimizer"
-            )
-        warn_of_coverage(self.plan, model)
+        judge_coverage(self.plan, model)
 
     @property
     def layers(self) -> dict[str, Layer]:
@@ -182,7 +169,7 @@ class KFQN(torch.optim.Optimizer):
     # -- the step
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. Returns the closure's loss at the point before it, or None without a closure.
 
         Raises:
@@ -244,19 +231,7 @@ class KFQN(torch.optim.Optimizer):
         unseen = self.plan.unseen(records)
         if not unseen:
             return
-        errors = "; ".join({error for name in unseen if (error := self.plan.hooks[name].error)})
-        if len(unseen) == len(self.plan.places) and not self._refused:
-            raise RuntimeError(
-                f"no forward of any layer was seen before this step (of {unseen[0]!r}, for instance): run forward and "
-                "backward through the model that KFQN was given, and through its modules, not copies of them; a model "
-                "that was compiled and run before KFQN was made must be compiled anew (torch.compiler.reset()). "
-                + errors
-            )
-        warnings.warn(
-            f"{', '.join(unseen)}: the weight has a gradient, but no forward of the layer explains it (something else "
-            f"reads the weight, or its input is no h = W a): it moves by Adam at fallback_lr. {errors}",
-            stacklevel=6,
-        )
+        say_unseen(self.plan, unseen, ever=bool(self._refused) or len(unseen) < len(self.plan.places))
         self.leave(unseen)
 
     def leave(self, names: Iterable[str]) -> None:
@@ -289,9 +264,9 @@ class KFQN(torch.optim.Optimizer):
         self.plan.hooks.clear()
 
     @property
-    def state(self) -> dict[Any, Any]:  # type: ignore[override]
+    def state(self) -> defaultdict[Tensor, Any]:
         """The state of every parameter by name: views of what the groups of layers own."""
-        return {} if self.plan is None else checkpoint.states(self.plan, self.fallback)
+        return defaultdict(dict) if self.plan is None else checkpoint.states(self.plan, self.fallback)
 
     @state.setter
     def state(self, value: Any) -> None:
@@ -315,15 +290,10 @@ class KFQN(torch.optim.Optimizer):
         Raises:
             ValueError: if the state was saved by another optimizer, with other options, or for another model.
         """
-        checkpoint.check(state_dict)
         self._follow_model()
-        saved_groups = [dict(group) for group in state_dict["param_groups"]]
-        counters = [[group.pop(counter) for counter in checkpoint.COUNTERS] for group in saved_groups][0]
-        indices = [i for group in saved_groups for i in group["params"]]
-        if len(indices) == len(self._params()):  # else torch says what is wrong, and nothing is changed
-            saved = {p: state_dict["state"].get(i, {}) for i, p in zip(indices, self._params(), strict=True)}
-            checkpoint.check_tensors(self.plan, self.fallback, saved)
-        super().load_state_dict({"state": {}, "param_groups": saved_groups})
+        saved, groups, counters = checkpoint.unpacked(state_dict, self._params())
+        checkpoint.check(self.plan, self.fallback, saved)
+        super().load_state_dict({"state": {}, "param_groups": groups})
         checkpoint.load(self.plan, self.fallback, saved)
         self._steps, skipped, self._warm_started = counters
         self._skips.counts.copy_(torch.tensor([skipped, 0]))

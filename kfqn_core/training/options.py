@@ -76,11 +76,12 @@ class Options:
                 f"linear takes {sorted(LINEAR_OPTIONS)}, got {sorted(unknown)}: give the others for all layers"
             )
         object.__setattr__(self, "linear", tuple(sorted(linear.items())))
-        for name, values in (
-            ("pairs", PAIRS), ("damping_split", DAMPING_SPLITS), ("pair_damping", PAIR_DAMPINGS),
-            ("activation_factor", ACTIVATION_FACTORS), ("step_length", STEP_LENGTHS),
-        ):  # fmt: skip
-            self._require(name, lambda value, values=values: value in values, f"one of {values}")
+        known: dict[str, tuple[str | None, ...]] = {
+            "pairs": PAIRS, "damping_split": DAMPING_SPLITS, "pair_damping": PAIR_DAMPINGS,
+            "activation_factor": ACTIVATION_FACTORS, "step_length": STEP_LENGTHS,
+        }  # fmt: skip
+        for name, values in known.items():
+            self._require(name, values.__contains__, f"one of {values}")
         self._require("damping", lambda value: is_number(value) and value > 0, "a number > 0")
         if self.pairs is None:
             self._require("memory", lambda value: value is None, "None unless H_g is estimated (give pairs)")

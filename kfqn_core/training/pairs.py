@@ -34,6 +34,13 @@ class Pairs(Protocol):
         """After the move: update every `H_g`, where the bool scalar `finite` holds."""
 
 
+def source(kind: str | None, model: nn.Module, parameters: Callable[[], Sequence[nn.Parameter]], ranks: Ranks) -> Pairs:
+    """The source of this name: see `options.Options`."""
+    if kind == "second_pass":
+        return SamePoint(model, parameters, ranks)
+    return NoPairs() if kind is None else NextBatch()
+
+
 class NoPairs:
     """`H_g` is the identity."""
 

@@ -8,6 +8,15 @@ from typing import Any
 from torch import Tensor, nn
 
 
+def require_model(model: Any) -> None:
+    """Raise TypeError, with what to do, unless `model` is one."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"KFQN observes the layers of a model, and got a {type(model).__name__} as its first argument: pass the "
+            "model, KFQN(model), and parameters or groups of them as KFQN(model, params=...)"
+        )
+
+
 def groups_of(model: nn.Module, params: Iterable[Any] | None) -> list[Any]:
     """What `torch.optim.Optimizer` is to get: `params`, or if that is None every parameter of the model.
 

@@ -26,7 +26,7 @@ class RandomState:
     def now(cls, devices: Sequence[torch.device] = ()) -> RandomState:
         """That of this moment, on the CPU and on these CUDA devices."""
         cuda = tuple((device, torch.cuda.get_rng_state(device)) for device in devices)
-        return cls(torch.get_rng_state(), cuda, random.getstate(), np.random.get_state())  # noqa: NPY002
+        return cls(torch.get_rng_state(), cuda, random.getstate(), np.random.get_state())
 
     def set(self) -> None:
         """Go back to it."""
@@ -34,7 +34,7 @@ class RandomState:
         for device, state in self.cuda:
             torch.cuda.set_rng_state(state, device)
         random.setstate(self.python)
-        np.random.set_state(self.numpy)  # noqa: NPY002
+        np.random.set_state(self.numpy)
 
 
 @contextmanager

@@ -29,8 +29,17 @@ def summary(plan: Plan, fallback: Fallback) -> str:
     )
 
 
-def warn_of_coverage(plan: Plan, model: nn.Module) -> None:
-    """Warn if less than half of the trainable weights have curvature, naming the kinds of modules that hold the rest."""
+def judge_coverage(plan: Plan, model: nn.Module) -> None:
+    """Warn if less than half of the trainable weights have curvature, naming the kinds that hold the rest.
+
+    Raises:
+        ValueError: if none has.
+    """
+    if not plan.places:
+        raise ValueError(
+            f"{type(model).__name__} has no layer with trainable parameters of its own that is h = W a, so there is "
+            "nothing for KFQN to do: unfreeze a layer, or use another optimizer"
+        )
     share = covered_share(plan)
     if share >= 0.5:
         return
@@ -45,4 +54,29 @@ def warn_of_coverage(plan: Plan, model: nn.Module) -> None:
         f"KFQN has curvature for {share:.0%} of this model's weights; the rest, mostly in {named}, moves by Adam at "
         "fallback_lr. kfqn_core.layers.register adds a kind of layer; describe(model) lists every parameter",
         stacklevel=3,
+    )
+
+
+def say_unseen(plan: Plan, names: list[str], *, ever: bool) -> None:
+    """Say that the weights of these layers have a gradient which none of their forwards explains.
+
+    Args:
+        plan: that holds the layers.
+        names: of the layers.
+        ever: whether another layer was seen.
+
+    Raises:
+        RuntimeError: if no layer was ever seen; else it is a warning.
+    """
+    errors = "; ".join(sorted({plan.hooks[name].error for name in names} - {""}))
+    if not ever:
+        raise RuntimeError(
+            f"no forward of any layer was seen before this step (of {names[0]!r}, for instance): run forward and "
+            "backward through the model that KFQN was given, and through its modules, not copies of them; a model that "
+            f"was compiled and run before KFQN was made must be compiled anew (torch.compiler.reset()). {errors}"
+        )
+    warnings.warn(
+        f"{', '.join(names)}: the weight has a gradient, but no forward of the layer explains it (something else reads "
+        f"the weight, or its input is no h = W a): it moves by Adam at fallback_lr. {errors}",
+        stacklevel=7,
     )

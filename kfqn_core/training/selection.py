@@ -73,7 +73,7 @@ def curvature_layers(
             if bias is not None and (uses[id(bias)] > 1 or not may_move(bias)):
                 bias = None
             if part.view.has_bias and bias is None:
-                part = replace(part, view=part.view.without_bias())  # noqa: PLW2901
+                part = replace(part, view=part.view.without_bias())
             full_name = ".".join(filter(None, (name, part.name)))
             selected[full_name] = Selected(full_name, module, part, weight, bias)
     return selected
