@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from kfqn_core.estimate.statistics import Record, Use, serials, thin
 from kfqn_core.layers import Call, Part
@@ -204,7 +205,7 @@ class Watch:
             # Another forward before the step: a micro-batch was accumulated. Its inputs make room for the next one's.
             thin(self._uses + self._captured, FEW)
             self._thinned = True
-        sight = _Sight(self, call, dropped=enclosing != -1 or _saves_elsewhere())
+        sight = _Sight(self, call, recomputed=enclosing != -1)
         if sight.samples:
             h.register_hook(sight)
         else:
@@ -233,7 +234,7 @@ class Watch:
         last = None if sight.use is None else sight.use()
         known = not self._stale and any(last is use for use in self._uses)  # an earlier backward has been here
         if last is None or not known or counts == "captured":
-            use = sight.new_use(FEW if sight.dropped else self.vectors)
+            use = sight.new_use(self.vectors)
         else:
             use = last
         if self.outputs and sight.shows_h:
@@ -288,13 +289,14 @@ class Watch:
 class _Sight:
     """A tensor hook on the `h` of one use, which hears of its gradient. The graph owns it, and through it the input."""
 
-    def __init__(self, watch: Watch, call: Call, *, dropped: bool):
+    def __init__(self, watch: Watch, call: Call, *, recomputed: bool):
         view = watch.part.view
-        self.watch, self.view, self.shows_h, self.dropped = weakref.ref(watch), view, call.shows_h, dropped
+        self.watch, self.view, self.shows_h, self.recomputed = weakref.ref(watch), view, call.shows_h, recomputed
         self.serial = next(serials)
         self.use: weakref.ref[Use] | None = None
         self.h_sum: Tensor | None = None
         self.input: Callable[[], Tensor] | None = None
+        self.origin: StorageWeakRef | None = None  # the memory of the input, if the input is known in forward
         self.from_data = False
         self.samples = self.T = 1  # of an input that is known in backward only: until then
         if isinstance(call.x, Tensor):
@@ -305,7 +307,7 @@ class _Sight:
             self.T = view.locations(x)
             self.from_data = call.x.grad_fn is None
             if watch.mode == "gradient":
-                self.input = _Saved.of(x)
+                self.input, self.origin = _Saved.of(x), StorageWeakRef(x.untyped_storage())
         elif watch.mode == "gradient":
             self.input = call.x
         if watch.outputs and call.shows_h:
@@ -335,6 +337,8 @@ class _Sight:
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             self.input = None  # the graph is passed for the last time, and its other tensors are freed as well
         use.x = x
+        if self.recomputed or (self.origin is not None and self.origin.expired()):
+            vectors = FEW  # it was dropped, packed or moved to the host since the forward: memory is short
         if vectors is not None:
             thin([use], vectors)
         if self.from_data and use.each == 1 and x.numel() <= SMALL:
@@ -398,11 +402,6 @@ class _AccumulatedHook(_Hook):
         watch = self._watch()
         if watch is not None:
             watch.accumulated()
-
-
-def _saves_elsewhere() -> bool:
-    """Whether the user has what the graph saves dropped, packed or moved to the host: memory is short."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _remove(handles: list[Any]) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from kfqn_core import KFQN, describe
 from tests.field.programs import H_of, Shadow, difference, error, heard, inverse_of, mlp, randn, silence, still, train, twins, values
@@ -156,7 +156,7 @@ APPLIED_LATER = {
     "old weight_norm": lambda layer: torch.nn.utils.weight_norm(layer),
     "spectral_norm": lambda layer: parametrizations.spectral_norm(layer),
     "orthogonal": lambda layer: parametrizations.orthogonal(layer),
-    "a mask": lambda layer: torch.nn.utils.prune.l1_unstructured(layer, "weight", 0.3),
+    "a mask": lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
     "of the bias": lambda layer: parametrize.register_parametrization(layer, "bias", Softplus()),
 }
 
@@ -181,9 +181,7 @@ def test_what_is_reparametrized_later_still_trains(apply, start):
     assert error(model[2].weight, computed) > 1e-3
     assert losses[-1] < losses[0]
     assert len(messages) <= 1
-    own = {name for name, _ in model.named_parameters()}
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} == set(map(id, model.parameters()))
-    assert len(own) == len(before)
 
 
 class LoRA(nn.Module):
@@ -291,12 +289,10 @@ def test_a_step_in_which_only_others_have_gradients_or_none_has(step):
         optimizer.zero_grad()
         optimizer.step()  # nothing has a gradient
         assert len(still(model, before)) == 7
-        shadow_before = model.bias.detach().clone()
         optimizer.zero_grad()
         model.bias.grad = torch.ones(8)
         optimizer.step()
         assert still(model, before) == set(before) - {"bias"}
-        assert error(shadow_before - model.bias, torch.full((8,), 0.003)) < 1 if step else True
         losses = train(optimizer, lambda: (model(x, "two") - 1).square().mean(), 20)
     assert losses[-1] < losses[0]
     assert optimizer.skipped_steps == 0
@@ -496,13 +492,6 @@ def test_to_empty_and_back():
 # -- several backwards, gradients by hand
 
 
-def pcgrad(model, x):
-    """Two losses of one graph, their gradients taken one after the other."""
-    h = model(x)
-    losses, gradients = (h[:, 0].square().mean(), (h[:, 1] - 1).square().mean()), []
-    return losses, gradients
-
-
 @pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("pairs", [None, "next_batch"])
 def test_two_backwards_through_one_graph_with_zero_grad_between(own, pairs):
@@ -511,8 +500,8 @@ def test_two_backwards_through_one_graph_with_zero_grad_between(own, pairs):
     optimizer, of_plain = KFQN(model, pairs=pairs), KFQN(plain, pairs=pairs)
     clear = optimizer.zero_grad if own else model.zero_grad
     for _ in range(8):
-        losses, gradients = pcgrad(model, x)
-        for loss in losses:
+        h, gradients = model(x), []
+        for loss in (h[:, 0].square().mean(), (h[:, 1] - 1).square().mean()):
             clear()
             loss.backward(retain_graph=True)
             gradients.append([p.grad.clone() for p in parameters])
@@ -633,19 +622,18 @@ def test_weight_and_bias_of_one_layer_in_different_groups():
     model = nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 3))
     decayed = [p for p in model.parameters() if p.dim() > 1]
     free = [p for p in model.parameters() if p.dim() == 1]
-    plain, x = copy.deepcopy(model), randn(16, 5)
+    plain, x, began = copy.deepcopy(model), randn(16, 5), list(values(model).values())
     optimizer = KFQN(model, 0.01, [{"params": decayed, "weight_decay": 0.5}, {"params": free}])
     with silence():
         loss = model(x).square().mean()
         loss.backward()
         optimizer.step()
         train(KFQN(plain, 0.01), lambda: plain(x).square().mean(), 1)
-    start = twins(nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 3)))
-    del start
-    torch.manual_seed(0)
-    began = nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 3))
-    for p, q, w in zip(model.parameters(), plain.parameters(), began.parameters(), strict=True):
-        assert error(p - q, -0.01 * 0.5 * w if w.dim() > 1 else 0 * w) < 1e-3 or (w.dim() == 1 and error(p, q) < 1e-6)
+    for p, q, w in zip(model.parameters(), plain.parameters(), began, strict=True):
+        if w.dim() > 1:
+            assert error(p - q, -0.01 * 0.5 * w) < 1e-3
+        else:
+            assert error(p, q) < 1e-6
 
 
 @pytest.mark.parametrize("door", ["at construction", "later"])
@@ -687,9 +675,8 @@ def test_named_parameters_and_decay_of_the_fallback():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 3))
     optimizer = KFQN(model, 0.03, model.named_parameters(), weight_decay=0.1, fallback_lr=0.002)
-    shadow = torch.optim.AdamW
     copies = [nn.Parameter(p.detach().clone()) for p in model[1].parameters()]
-    adamw, x = shadow(copies, lr=0.002, betas=(0.9, 0.99), weight_decay=0.1), randn(16, 5)
+    adamw, x = torch.optim.AdamW(copies, lr=0.002, betas=(0.9, 0.99), weight_decay=0.1), randn(16, 5)
     with silence():
         for _ in range(5):
             optimizer.zero_grad()

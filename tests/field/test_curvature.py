@@ -1,0 +1,667 @@
+"""What enters the statistics: what entered `p.grad`, whoever called what, however often; and nothing that is not finite."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
+from kfqn_core import KFQN
+from tests.field.programs import H_of, difference, error, heard, inverse_of, mlp, randn, silence, still, train, values
+
+
+def factor(program, make=lambda: mlp(5, 8, 1), layer="0", **options):
+    """`H_a` of a layer after the first step of a program."""
+    model = make()
+    optimizer = KFQN(model, lr=0.0, activation_factor="action", **options)
+    with silence():
+        program(model, optimizer)
+        optimizer.step()
+    return H_of(optimizer, layer)
+
+
+x, far = randn(24, 5), 5 + randn(16, 5, seed=2)
+
+# -- what is called
+
+
+class Autoencoder(nn.Module):
+    """Its parts are called; the whole has no forward."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.decoder = mlp(5, 8, 2), mlp(2, 8, 5)
+
+    def loss(self, x):
+        return (self.decoder(self.encoder(x)) - x).square().mean()
+
+
+CALLS = {
+    "a method": lambda m, part: m.loss(part),
+    "parts": lambda m, part: (m.decoder(m.encoder(part)) - part).square().mean(),
+    "layers": lambda m, part: (
+        m.decoder[2](torch.tanh(m.decoder[0](m.encoder[2](torch.tanh(m.encoder[0](part)))))) - part
+    ).square().mean(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("k", [1, 3, 4])
+def test_micro_batches_are_samples_whichever_part_is_called(call, k):
+    def program(model, optimizer):
+        for part in x.chunk(k):
+            (call(model, part) / k).backward()
+
+    assert error(factor(program, Autoencoder, "encoder.0"), inverse_of(x)) < 1e-4
+
+
+def test_actor_and_critic_in_a_dictionary():
+    def program(agents, optimizer):
+        for part in x.split(8):
+            agents["actor"](100 * part)  # a rollout, with gradients on
+            with torch.no_grad():
+                agents["critic"](100 * part)
+            h = agents["body"](part)
+            ((agents["actor"](h).square().mean() + agents["critic"](h).square().mean()) / 3).backward()
+
+    def make():
+        torch.manual_seed(0)
+        return nn.ModuleDict({"body": nn.Linear(5, 5), "actor": nn.Linear(5, 3), "critic": nn.Linear(5, 1)})
+
+    assert error(factor(program, make, "body"), inverse_of(x)) < 1e-4
+    model = make()
+    optimizer = KFQN(model, lr=0.0, activation_factor="action")
+    program(model, optimizer)
+    optimizer.step()
+    h = model["body"](x)
+    assert error(H_of(optimizer, "critic"), inverse_of(h)) < 1e-4
+    assert error(H_of(optimizer, "actor"), inverse_of(h)) < 1e-4
+
+
+def test_a_layer_used_twice_in_one_forward_and_behind_two_losses():
+    def program(model, optimizer):
+        h = torch.tanh(model[0](x))
+        (model[2](h).square().mean() + model[2](torch.tanh(model[0](far))).mean()).backward()
+
+    assert error(factor(program), inverse_of(torch.cat([x, far]))) < 1e-4
+
+
+def test_two_forwards_before_one_of_their_backwards():
+    def program(model, optimizer):
+        one, two = model(x), model(far)
+        del two
+        one.square().mean().backward()
+
+    assert error(factor(program), inverse_of(x)) < 1e-4
+
+
+def test_forwards_without_backward_are_not_kept():
+    model = mlp(64, 64, 1)
+    optimizer = KFQN(model)
+    held = []
+    for _ in range(20):
+        inputs = torch.randn(512, 64)
+        held.append(torch.utils.weak.WeakTensorKeyDictionary())
+        held[-1][inputs] = True
+        model(inputs)
+    del inputs
+    assert sum(len(entry) for entry in held) == 0
+    with silence():
+        train(optimizer, lambda: model(torch.randn(8, 64)).square().mean(), 2)
+
+
+# -- backwards that gave the weights nothing
+
+
+def generators_loss_through(model, optimizer):
+    noise = far.clone().requires_grad_()
+    (-model(noise)).mean().backward()
+    model.zero_grad()
+
+
+def saliency(model, optimizer):
+    inputs = far.clone().requires_grad_()
+    torch.autograd.grad(model(inputs).sum(), inputs, create_graph=True)
+
+
+def projected_gradient_attack(model, optimizer):
+    delta = torch.zeros_like(far, requires_grad=True)
+    for _ in range(4):
+        model(far + delta).square().mean().backward(inputs=[delta])
+        delta = (delta.detach() + 0.1 * delta.grad.sign()).requires_grad_()
+
+
+def integrated_gradients(model, optimizer):
+    for scale in (0.25, 0.5, 1.0):
+        inputs = (scale * far).requires_grad_()
+        torch.autograd.grad(model(inputs).sum(), inputs)
+
+
+def cleared_by_none(model, optimizer):
+    model(far).mean().backward()
+    for p in model.parameters():
+        p.grad = None
+
+
+def cleared_in_place(model, optimizer):
+    model(far).mean().backward()
+    for p in model.parameters():
+        p.grad.zero_()
+    for p in model.parameters():
+        p.grad = None
+
+
+def cleared_by_the_model_with_zeros(model, optimizer):
+    model(far).mean().backward()
+    model.zero_grad(set_to_none=False)
+
+
+def cleared_by_foreach(model, optimizer):
+    model(far).mean().backward()
+    torch._foreach_zero_([p.grad for p in model.parameters()])
+
+
+def cleared_by_another_optimizer(model, optimizer):
+    other = torch.optim.SGD(model.parameters(), lr=0.0)
+    model(far).mean().backward()
+    other.step()
+    other.zero_grad()
+
+
+def gradient_norms_only(model, optimizer):
+    torch.autograd.grad(model(far).square().mean(), list(model.parameters()))
+
+
+def power_iteration(model, optimizer):
+    """The sharpness, from products with the Hessian."""
+    parameters = list(model.parameters())
+    slopes = torch.autograd.grad(model(far).square().mean(), parameters, create_graph=True)
+    torch.autograd.grad(sum(g.sum() for g in slopes), parameters, allow_unused=True)
+
+
+def jacobian(model, optimizer):
+    torch.autograd.functional.jacobian(model, far[:2])
+    torch.func.jacrev(model)(far[0])
+    torch.func.vmap(torch.func.grad(lambda one: model(one).sum()))(far)
+
+
+def teacher_by_functional_call(model, optimizer):
+    average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    functional_call(model, average, far)
+
+
+def sharpness_aware(model, optimizer):
+    """SAM: gradients at one point are taken away again, those at another count."""
+    model(far).square().mean().backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.01 * p.grad)
+            p.grad = None
+
+
+DISTURBANCES = [
+    generators_loss_through, saliency, projected_gradient_attack, integrated_gradients, cleared_by_none, cleared_in_place,
+    cleared_by_the_model_with_zeros, cleared_by_foreach, cleared_by_another_optimizer, gradient_norms_only, power_iteration,
+    jacobian, teacher_by_functional_call, sharpness_aware,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("disturb", DISTURBANCES)
+def test_what_gave_the_weights_nothing_leaves_no_trace(disturb):
+    def program(model, optimizer):
+        disturb(model, optimizer)
+        model(x).square().mean().backward()
+
+    assert error(factor(program), inverse_of(x)) < 1e-4
+
+
+@pytest.mark.parametrize("disturb", [d for d in DISTURBANCES if d.__name__ in (
+    "saliency", "projected_gradient_attack", "integrated_gradients", "gradient_norms_only", "power_iteration", "jacobian",
+    "teacher_by_functional_call",
+)])  # fmt: skip
+def test_nor_after_the_backward_that_counts(disturb):
+    def program(model, optimizer):
+        model(x).square().mean().backward()
+        disturb(model, optimizer)
+
+    assert error(factor(program), inverse_of(x)) < 1e-4
+
+
+@pytest.mark.parametrize("disturb", [saliency, projected_gradient_attack, jacobian])
+def test_between_forward_and_backward_too(disturb):
+    def program(model, optimizer):
+        loss = model(x).square().mean()
+        disturb(model, optimizer)
+        loss.backward()
+
+    assert error(factor(program), inverse_of(x)) < 1e-4
+
+
+@pytest.mark.parametrize("disturb", [cleared_by_none, saliency, jacobian, gradient_norms_only])
+def test_pairs_are_those_of_an_undisturbed_run(disturb):
+    runs = []
+    for disturbed in (False, True):
+        model = mlp(5, 8, 1)
+        optimizer = KFQN(model, pairs="next_batch", lr=0.02)
+        for step in range(8):
+            optimizer.zero_grad()
+            if disturbed:
+                disturb(model, optimizer)
+            with silence():
+                model(x + step).square().mean().backward()
+                optimizer.step()
+        runs.append(model)
+    assert difference(*runs) < 1e-5
+
+
+# -- losses made of derivatives
+
+
+def wgan_penalty(model, batch):
+    inputs = batch.clone().requires_grad_()
+    out = model(inputs)
+    slopes = torch.autograd.grad(out.sum(), inputs, create_graph=True)[0]
+    return out.mean() + (slopes.norm(dim=1) - 1).square().mean()
+
+
+def penalty_alone(model, batch):
+    inputs = batch.clone().requires_grad_()
+    return torch.autograd.grad(model(inputs).sum(), inputs, create_graph=True)[0].square().sum(1).mean()
+
+
+def second_derivative(model, batch):
+    inputs = batch.clone().requires_grad_()
+    slopes = torch.autograd.grad(model(inputs).sum(), inputs, create_graph=True)[0]
+    twice = torch.autograd.grad(slopes[:, 0].sum(), inputs, create_graph=True)[0]
+    return (twice[:, 0] - 1).square().mean()
+
+
+def contractive(model, batch):
+    """Penalises the slope of a hidden layer, beside the loss."""
+    h = model[0](batch)
+    inner = torch.autograd.grad(torch.tanh(h).sum(), h, create_graph=True)[0]
+    return model[2](torch.tanh(h)).square().mean() + inner.square().mean()
+
+
+@pytest.mark.parametrize("loss", [wgan_penalty, penalty_alone, second_derivative, contractive])
+def test_inner_gradients_of_a_penalty_are_no_gradients_of_the_loss(loss):
+    """The bias's gradient is the sum over samples of that of h: what `H_g` is to learn from."""
+    torch.manual_seed(0)
+    model = mlp(5, 8, 1).double()
+    optimizer = KFQN(model, lr=0.02, pairs="next_batch", pair_momentum=0.0, refresh=1, activation_factor="action")
+    batches, bias, h = [x.double(), far.double()], [], []
+    with heard() as messages:
+        for batch in batches:
+            optimizer.zero_grad()
+            loss(model, batch).backward()
+            bias.append(model[0].bias.grad.clone())
+            h.append(model[0](batch).detach().mean(0))
+            optimizer.step()
+    # Where the loss knows nothing but slopes, no gradient comes to the last layer's h, and yet to its weight.
+    assert ["2" in text for text in messages] == ([True] if loss in (penalty_alone, second_derivative) else [])
+    layer = optimizer.layers["0"]
+    y = bias[1] - bias[0]
+    assert error(layer.gradient.y_mean[0], y) < 1e-9
+    assert error(layer.gradient.s_mean[0], h[1] - h[0]) < 1e-9
+
+
+# -- the scale of a loss
+
+
+def scaled_training(kind, pairs, *, scaler):
+    model = mlp(5, 8, 3)
+    optimizer = KFQN(model, pairs=pairs, lr=0.02)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaler, growth_interval=3)
+    for step in range(10):
+        optimizer.zero_grad()
+        loss = (model(x + 0.1 * step) - 1).square().mean()
+        scaler.scale(loss).backward()
+        if kind != "step":
+            scaler.unscale_(optimizer)
+        if kind == "clip":
+            nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        with silence():
+            scaler.step(optimizer)
+        scaler.update()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("kind", ["step", "unscale", "clip"])
+@pytest.mark.parametrize("pairs", [None, "next_batch"])
+def test_the_scale_of_a_scaler_is_in_nothing(kind, pairs):
+    (one, with_it), (two, without) = (scaled_training(kind, pairs, scaler=on) for on in (True, False))
+    if kind == "clip" and pairs:  # without a scaler pairs are of unclipped gradients
+        assert all(p.isfinite().all() for p in one.parameters())
+        for name, layer in with_it.layers.items():
+            assert layer.gradient.y_mean.abs().max() < 10 * without.layers[name].gradient.y_mean.abs().max()
+        return
+    assert difference(one, two) < 1e-4
+    for name, layer in with_it.layers.items():
+        assert error(layer.activation.H, without.layers[name].activation.H) < 1e-4
+        if pairs:
+            own = without.layers[name].gradient
+            assert error(layer.gradient.y_mean, own.y_mean) < 1e-3
+            assert error(layer.gradient.inverse.dense(), own.inverse.dense()) < 1e-3
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("first", [0, 2])
+def test_a_step_that_a_scaler_skips_changes_nothing(unscale, first):
+    model, plain = mlp(5, 8, 3), mlp(5, 8, 3)
+    optimizer, of_plain = KFQN(model), KFQN(plain)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    with silence():
+        for step in range(6):
+            bad = step == first
+            optimizer.zero_grad()
+            loss = model(x).square().mean() * (torch.inf if bad else 1.0)
+            scaler.scale(loss).backward()
+            if unscale:
+                scaler.unscale_(optimizer)
+            before = values(model)
+            scaler.step(optimizer)
+            scaler.update()
+            assert len(still(model, before)) == (4 if bad else 0)
+        train(of_plain, lambda: plain(x).square().mean(), 5)
+    assert scaler.get_scale() == 32.0
+    assert error(H_of(optimizer, "0"), H_of(of_plain, "0")) < 1e-4
+    # A skipped step moves nothing; the interval between updates may count it.
+    assert difference(model, plain) < 1e-4
+
+
+# -- inputs that are gone by the step
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("where", ["input", "column", "hidden"])
+def test_a_buffer_that_is_filled_again_before_the_step(accumulate, where):
+    def program(model, optimizer):
+        buffer = torch.empty(24 // accumulate, 5)
+        for part in x.chunk(accumulate):
+            buffer.copy_(part)
+            (model(buffer[:, :] if where == "column" else buffer).square().mean() / accumulate).backward()
+        buffer.fill_(77.0)
+
+    assert error(factor(program), inverse_of(x)) < 1e-4
+
+
+def test_a_static_input_written_by_an_out_argument():
+    def program(model, optimizer):
+        buffer = torch.empty(24, 5)
+        torch.mul(x, 1.0, out=buffer)
+        model(buffer).square().mean().backward()
+        torch.mul(x, 99.0, out=buffer)
+
+    assert error(factor(program), inverse_of(x)) < 1e-4
+
+
+def test_a_large_buffer_that_is_filled_again_is_never_taken_for_what_it_was():
+    big = randn(2**13, 600, seed=4)
+
+    def program(model, optimizer):
+        buffer = big.clone()
+        model(buffer).square().mean().backward()
+        buffer.fill_(1e3)
+
+    make = lambda: nn.Sequential(nn.Linear(600, 4))  # noqa: E731
+    H = factor(program, make)
+    sure = error(H, inverse_of(big))
+    untouched = error(H, torch.eye(601))
+    assert min(sure, untouched) < 1e-3  # the truth, or nothing
+
+
+# -- checkpointing
+
+
+class Blocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.shared, self.last = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 1)
+
+    def middle(self, h):
+        return torch.tanh(self.shared(torch.tanh(self.shared(h))))
+
+    def forward(self, x, run):
+        return self.last(run(self.middle, torch.tanh(self.first(x))))
+
+
+CHECKPOINTS = {
+    "reentrant": lambda f, h: checkpoint(f, h, use_reentrant=True),
+    "not reentrant": lambda f, h: checkpoint(f, h, use_reentrant=False),
+    "within another": lambda f, h: checkpoint(lambda h: checkpoint(f, h, use_reentrant=False), h, use_reentrant=False),
+    "reentrant within another": lambda f, h: checkpoint(
+        lambda h: checkpoint(f, h, use_reentrant=True), h, use_reentrant=False
+    ),
+}
+
+
+@pytest.mark.parametrize("run", CHECKPOINTS.values(), ids=CHECKPOINTS)
+@pytest.mark.parametrize("pairs", [None, "next_batch", "second_pass"])
+def test_a_layer_used_twice_inside_a_checkpoint(run, pairs):
+    runs = []
+    for how in (run, lambda f, h: f(h)):
+        model = Blocks()
+        optimizer = KFQN(model, pairs=pairs, lr=0.02)
+
+        def closure(optimizer=optimizer, model=model, how=how):
+            optimizer.zero_grad()
+            loss = (model(x, how) - 1).square().mean()
+            loss.backward()
+            return loss
+
+        with silence():
+            for _ in range(6):
+                optimizer.step(closure)
+        runs.append((model, optimizer))
+    (one, of_one), (two, of_two) = runs
+    assert error(H_of(of_one, "shared"), H_of(of_two, "shared")) < 1e-4
+    assert difference(one, two) < 1e-4
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_that_begins_with_the_first_layer(reentrant):
+    runs = []
+    for checkpointed in (True, False):
+        model = mlp(5, 8, 8, 1)
+        optimizer, inputs = KFQN(model, pairs="second_pass", lr=0.02), x.clone().requires_grad_()
+
+        def closure(model=model, optimizer=optimizer, inputs=inputs, checkpointed=checkpointed):
+            optimizer.zero_grad()
+            out = checkpoint_sequential(model, 2, inputs, use_reentrant=reentrant) if checkpointed else model(inputs)
+            loss = (out - 1).square().mean()
+            loss.backward()
+            return loss
+
+        with silence():
+            for _ in range(6):
+                optimizer.step(closure)
+        runs.append(model)
+    assert difference(*runs) < 1e-4
+
+
+# -- the first estimate
+
+
+@pytest.mark.parametrize("scale", [255.0, 1e4])
+@pytest.mark.parametrize("factors", ["action", "inverse", "auto"])
+@pytest.mark.parametrize("kind", ["constant columns", "counts", "images"])
+def test_the_first_estimate_is_positive_definite(scale, factors, kind):
+    torch.manual_seed(0)
+    if kind == "images":
+        model = nn.Sequential(nn.Conv2d(8, 6, 3), nn.Flatten(), nn.Linear(24, 200))
+        inputs = scale * torch.rand(3, 8, 4, 4)
+    else:
+        model = nn.Sequential(nn.Linear(150, 200))
+        inputs = scale * torch.rand(20, 150) if kind == "counts" else scale * torch.ones(7, 150)
+    optimizer = KFQN(model, activation_factor=factors)
+    with silence():
+        train(optimizer, lambda: F.cross_entropy(model(inputs), torch.arange(len(inputs))), 4)
+    for layer in optimizer.layers.values():
+        eigenvalues = torch.linalg.eigvalsh(layer.activation.H.double())
+        assert eigenvalues.min() > 0
+        assert eigenvalues.max() < 1.02 / 0.03
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+BAD = {
+    "loss": lambda model: model(x).square().mean() * torch.nan,
+    "input": lambda model: model(x * torch.tensor([1.0, 1.0, torch.inf, 1.0, 1.0])).square().mean(),
+    "one gradient": lambda model: (model(x) + torch.sqrt(0.0 * model[2].bias)).square().mean(),
+}
+
+
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
+@pytest.mark.parametrize("factors", ["action", "inverse", "low_rank", "diagonal"])
+@pytest.mark.parametrize("pairs", [None, "next_batch"])
+def test_the_first_good_batch_is_the_first(bad, factors, pairs):
+    model, plain = mlp(5, 40, 40), mlp(5, 40, 40)
+    options = {"activation_factor": factors, "pairs": pairs, "rank": 2, "refresh": 1, "lr": 0.01}
+    optimizer, of_plain = KFQN(model, **options), KFQN(plain, **options)
+    before = values(model)
+    with silence():
+        for _ in range(2):
+            train(optimizer, lambda: bad(model), 1)
+        assert len(still(model, before)) == 4
+        assert not any(layer.started for layer in optimizer.layers.values())
+        assert optimizer.skipped_steps == 2
+        train(optimizer, lambda: (model(x) - 1).square().mean(), 6)
+        train(of_plain, lambda: (plain(x) - 1).square().mean(), 6)
+    assert difference(model, plain) < 1e-5
+
+
+# -- layouts
+
+
+LAYOUTS = {
+    "batch first": lambda x: x,
+    "time first": lambda x: x.transpose(0, 1),
+    "flat": lambda x: x.flatten(0, 1),
+    "four axes": lambda x: x.unflatten(1, (3, -1)),
+    "not contiguous": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("options", [{}, {"pairs": "next_batch"}, {"pairs": "next_batch", "damping_split": "locations"}])
+def test_the_same_network_and_data_in_every_layout_is_the_same_run(layout, options):
+    sequences, runs = randn(4, 6, 5), []
+    for arrange in (layout, LAYOUTS["flat"]):
+        model = mlp(5, 8, 8, 3)
+        optimizer = KFQN(model, **options)
+        with silence():
+            train(optimizer, lambda: (model(arrange(sequences)) - 1).square().mean(), 8)  # noqa: B023
+        runs.append(model)
+    assert difference(*runs) < 1e-4
+
+
+@pytest.mark.parametrize("first", ["batch", "time"])
+def test_recurrent_and_attention_in_both_layouts(first):
+    sequences, runs = randn(4, 6, 8), []
+    for batch_first in (True, False):
+        torch.manual_seed(0)
+        model = nn.ModuleDict({
+            "in": nn.Linear(8, 8), "mix": nn.MultiheadAttention(8, 2, batch_first=batch_first), "out": nn.Linear(8, 3),
+        })  # fmt: skip
+        optimizer = KFQN(model, activation_factor="action")
+        inputs = sequences if batch_first else sequences.transpose(0, 1)
+        with silence():
+            for _ in range(5):
+                optimizer.zero_grad()
+                h = model["in"](inputs)
+                model["out"](model["mix"](h, h, h)[0]).square().mean().backward()
+                optimizer.step()
+        runs.append(model)
+    assert difference(*runs) < 1e-4
+
+
+def test_a_cell_called_step_by_step_is_the_layer_called_once():
+    """A recurrence written as a loop, and the same positions in one call."""
+    sequences, runs = randn(4, 6, 5), []
+    for loop in (True, False):
+        model = mlp(5, 8, 3)
+        optimizer = KFQN(model)
+        run = lambda model=model, loop=loop: (  # noqa: E731
+            torch.stack([model(sequences[:, t]) for t in range(6)], 1) if loop else model(sequences)
+        )
+        with silence():
+            train(optimizer, lambda run=run: (run() - 1).square().mean(), 6)
+        runs.append(model)
+    assert difference(*runs) < 1e-4
+
+
+# -- numbers at the edge
+
+
+def test_a_norm_beyond_float16():
+    """Every gradient is finite, the sum of their squares is not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).half()
+    optimizer, before = KFQN(model), values(model)
+    with silence():
+        for _ in range(3):
+            optimizer.zero_grad()
+            (model(randn(16, 64).half()).float() * 2e3).sum().backward()
+            assert model[1].weight.grad.float().norm() > 65504
+            assert model[1].weight.grad.isfinite().all()
+            optimizer.step()
+    assert optimizer.skipped_steps == 0
+    assert not still(model, before)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("size", [1e18, 1e21, 1e30])
+@pytest.mark.parametrize("pairs", [None, "next_batch"])
+def test_gradients_whose_squares_overflow_move_or_are_counted(size, pairs):
+    model = mlp(5, 8, 3)
+    optimizer, before = KFQN(model, pairs=pairs), values(model)
+    with silence():
+        train(optimizer, lambda: size * model(x).square().mean(), 3)
+    assert optimizer.skipped_steps or not still(model, before)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_two_threads_train_two_halves_of_a_model():
+    """Each thread runs its own branch; what one sees is nothing to the other."""
+    torch.manual_seed(0)
+    model = nn.ModuleList([mlp(5, 8, 3), mlp(5, 8, 3)])
+    plain = copy.deepcopy(model)
+    optimizer, of_plain = KFQN(model), KFQN(plain)
+    for step in range(5):
+        optimizer.zero_grad()
+        threads = [threading.Thread(target=lambda n=n: n(x + step).square().mean().backward()) for n in model]  # noqa: B023
+        [t.start() for t in threads]
+        [t.join() for t in threads]
+        of_plain.zero_grad()
+        sum(net(x + step).square().mean() for net in plain).backward()
+        with silence():
+            optimizer.step()
+            of_plain.step()
+    assert difference(model, plain) < 1e-5
+
+
+def test_two_threads_through_one_model():
+    """Hogwild: the forwards and backwards of two threads through the same layers."""
+    model = mlp(5, 8, 3)
+    optimizer = KFQN(model, lr=0.0, activation_factor="action")
+    go = threading.Barrier(2)
+
+    def work(batch):
+        for _ in range(20):
+            go.wait()
+            (model(batch).square().mean() / 40).backward()
+
+    threads = [threading.Thread(target=work, args=(batch,)) for batch in (x, far)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    with heard() as messages:
+        optimizer.step()
+    assert not messages
+    eigenvalues = torch.linalg.eigvalsh(H_of(optimizer, "0"))
+    assert eigenvalues.min() > 0
+    assert error(H_of(optimizer, "0"), inverse_of(torch.cat([x, far]))) < 0.3
