@@ -22,6 +22,7 @@ CNN_PARITY = "tests/test_optimizer_cnn.py::test_convolutional_presets_are_the_re
 RANKS = "tests/test_ddp.py::test_two_ranks_with_half_batches_are_one_with_the_whole"
 NO_TRACE = "tests/test_optimizer.py::test_evaluation_and_copies_leave_no_trace"
 MASK = "tests/test_optimizer.py::test_second_pass_sees_the_same_dropout_mask_and_leaves_no_trace"
+CLEARED = "tests/test_uses.py::test_what_is_not_in_the_gradient_does_not_count[before-zeroed_in_place-None]"
 MOVES = "tests/test_moves.py::test_a_step_of_many_layers_is_the_plain_step_of_each"
 
 
@@ -153,7 +154,7 @@ BREAKS = [
             "kfqn_core.estimate.hooks.Watch._counts": "broken = lambda self: 'yes'",
             "kfqn_core.estimate.hooks.Watch._cleared": "broken = lambda self: False",
         },
-        (NO_TRACE,),
+        (CLEARED, "tests/test_uses.py::test_gradients_that_are_taken_and_assigned_count_as_accumulated_ones"),
     ),
     Break(
         "gradients zeroed in place are not noticed",
@@ -163,7 +164,7 @@ BREAKS = [
                 return self.mode != "second pass" and self._weight.grad is None
             """
         },
-        (NO_TRACE,),
+        (CLEARED,),
     ),
     Break(
         "every rank keeps its own curvature",

@@ -307,7 +307,7 @@ class _Sight:
             self.T = view.locations(x)
             self.from_data = call.x.grad_fn is None
             if watch.mode == "gradient":
-                self.input, self.origin = _Saved.of(x), StorageWeakRef(x.untyped_storage())
+                self.input, self.origin = _Saved(x), StorageWeakRef(x.untyped_storage())
         elif watch.mode == "gradient":
             self.input = call.x
         if watch.outputs and call.shows_h:
@@ -350,15 +350,12 @@ class _Sight:
 class _Saved:
     """A tensor that the graph has saved, as it saves its own: dropped and recomputed by activation checkpointing."""
 
-    def __init__(self, node: Any):
-        self._node = node
-
-    @classmethod
-    def of(cls, x: Tensor) -> _Saved:
-        return cls(_Save.apply(x, torch.empty(0, requires_grad=True)).grad_fn)
+    def __init__(self, x: Tensor):
+        # In older versions of torch a node alone does not keep what it has saved: its output does.
+        self._output = _Save.apply(x, torch.empty(0, requires_grad=True, device="cpu"))
 
     def __call__(self) -> Tensor:
-        return self._node.saved_tensors[0]
+        return self._output.grad_fn.saved_tensors[0]
 
 
 class _Save(torch.autograd.Function):

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 
+LARGE = 2**16  # entries of a product that a processor's nearest cache does not hold
+
+
 class Columns(NamedTuple):
     """`[W | b]`: `W` `[..., d_out, d]`, and `b` `[..., d_out, 1]` or None where there is no bias."""
 
@@ -33,7 +36,9 @@ class Columns(NamedTuple):
         """`[W | b] H`, `[B, d_out, k]`, for matrices `H` `[B, d_in, k]`; `W` is `[B, d_out, d]`."""
         if self.b is None:
             return torch.bmm(self.W, H)
-        D = torch.mul(self.b, H[:, -1:], out=self._aligned(H.shape[-1]))  # [B, d_out, 1] * [B, 1, k]
+        if self.W.shape[-2] * H.shape[-1] < LARGE:
+            return torch.baddbmm(self.b * H[:, -1:], self.W, H[:, :-1])  # [B, d_out, 1] * [B, 1, k] + [B, d_out, k]
+        D = torch.mul(self.b, H[:, -1:], out=self._aligned(H.shape[-1]))
         return D.baddbmm_(self.W, H[:, :-1])
 
     def scaled(self, e: Tensor) -> Tensor:

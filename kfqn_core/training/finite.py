@@ -18,25 +18,43 @@ SKIPS = 20  # steps skipped in a row after which a warning says so
 EVERY = 10  # steps between two questions to a device
 
 
-def all_finite(params: Sequence[nn.Parameter], loss: Any, found_inf: Tensor | None, device: torch.device) -> Tensor:
-    """Bool scalar on `device`: whether the gradients of `params` are finite, the loss is, and no infinity was found."""
+def all_finite(
+    params: Sequence[nn.Parameter], loss: Any, grad_scale: Tensor | None, found_inf: Tensor | None, device: torch.device
+) -> Tensor:
+    """Whether a step is to be taken; gradients are freed of the scale of the loss on the way.
+
+    Args:
+        params: all have a gradient.
+        loss: of the closure; looked at if it is a tensor or a number.
+        grad_scale: by which the gradients are divided, in place; None leaves them as they are.
+        found_inf: what a `GradScaler` has found; None without one.
+        device: of the answer.
+
+    Returns:
+        Bool scalar: whether all gradients are finite, the loss is, and no infinity was found.
+    """
     gradients: dict[Any, list[Tensor]] = {}
     for p in params:
         assert p.grad is not None
-        gradients.setdefault((p.grad.device, p.grad.dtype), []).append(p.grad)
-    # By their largest entries: a sum of squares may overflow.
-    flags = [
-        (torch.stack(torch._foreach_norm(of, torch.inf)) < torch.inf).all().to(device) for of in gradients.values()
-    ]
+        grad = torch.view_as_real(p.grad) if p.grad.is_complex() else p.grad
+        gradients.setdefault((grad.device, grad.dtype), []).append(grad)
+    found = [] if found_inf is None else [found_inf.reshape(()).to(device)]
+    for (where, _), of in gradients.items():
+        # GradScaler's own operation: it multiplies all by one number and notes what is not finite, without a norm that
+        # could overflow.
+        inverse = (
+            torch.ones((), device=where) if grad_scale is None else grad_scale.to(where).double().reciprocal().float()
+        )
+        bad = torch.zeros((), device=where)
+        torch._amp_foreach_non_finite_check_and_unscale_(of, bad, inverse)
+        found.append(bad.to(device))
     if isinstance(loss, Tensor):
-        flags.append(torch.isfinite(loss.detach()).all().to(device))
+        found.append((~torch.isfinite(loss.detach())).any().float().to(device))
     elif isinstance(loss, float):
-        flags.append(torch.tensor(math.isfinite(loss), device=device))
-    if found_inf is not None:
-        flags.append((found_inf == 0).all().to(device))
-    if not flags:
+        found.append(torch.full((), float(not math.isfinite(loss)), device=device))
+    if not found:
         return torch.ones((), dtype=torch.bool, device=device)
-    return flags[0] if len(flags) == 1 else torch.stack(flags).all()
+    return (found[0] if len(found) == 1 else torch.stack(found).sum()) == 0
 
 
 class Skips:
@@ -74,24 +92,22 @@ class Skips:
             )
 
 
-def unscale(plan: Plan, records: Mapping[str, Record], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    """Take the scale of a `GradScaler` out of gradients and statistics.
+def note_scale(
+    plan: Plan, records: Mapping[str, Record], grad_scale: Tensor | None, found_inf: Tensor | None
+) -> None:  # fmt: skip
+    """Tell the statistics what a `GradScaler` has multiplied the gradients in backward by.
 
     Args:
-        plan: whose gradients are divided by the scale, in place.
+        plan: that holds the layers.
         records: whose gradients are as they were in backward.
         grad_scale: of the loss; None if the gradients have been unscaled, or never were scaled.
         found_inf: given by the scaler, and None without one.
     """
-    if grad_scale is not None:
-        for p in plan.moving():
-            assert p.grad is not None
-            p.grad.div_(grad_scale.to(p.grad.device))
-        for record in records.values():
+    for name, record in records.items() if found_inf is not None else ():
+        if grad_scale is not None:
             record.scale = grad_scale
-    elif found_inf is not None:
+            continue
         # The user has unscaled, and perhaps clipped, what backward left: so are the statistics, by the same factor.
-        for name, record in records.items():
-            before, now = plan.hooks[name].gradient_size, plan.layer(name).weight.grad
-            if before is not None and now is not None:
-                record.scale = before / torch.linalg.vector_norm(now)
+        before, now = plan.hooks[name].gradient_size, plan.layer(name).weight.grad
+        if before is not None and now is not None:
+            record.scale = before / torch.linalg.vector_norm(now)

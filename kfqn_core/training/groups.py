@@ -155,6 +155,8 @@ class Group:
 
     def batch(self, records: Mapping[str, Record], *, outputs: bool = False) -> Batch | None:
         """The statistics of these layers, of inputs or of `outputs`; None where no rank can have seen one."""
+        if not records and self._ranks.alone:
+            return None
         own = [records.get(layer.name) for layer in self.layers]
         batch = Batch([layer.view for layer in self.layers], own, self.M.W, self._ranks, outputs=outputs)
         return batch if any(batch.seen) or not self._ranks.alone else None

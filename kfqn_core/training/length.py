@@ -47,13 +47,14 @@ class Lengths:
         self._shapes = [(L * groups, d_out, 1) for L, groups, d_out, _ in sizes]
         self._rows = [L * groups * d_out for L, groups, d_out, _ in sizes]  # of each group
         layers = [(groups * d_out, d_in) for L, groups, d_out, d_in in sizes for _ in range(L)]
-        self._rows_of_layers = [rows for rows, _ in layers]
         # Made from lists: what is asked of a tensor waits for the device.
-        index = np.repeat(np.arange(len(layers)), self._rows_of_layers)
+        rows_of_layers = [rows for rows, _ in layers]
+        index = np.repeat(np.arange(len(layers)), rows_of_layers)
+        self._rows_of_layers = torch.tensor(rows_of_layers, device=like.device)  # [layers]
         self._layer = torch.tensor(index, device=like.device)  # [rows]
         self._floor = like.new_tensor([ROW_FLOOR / rows for rows, _ in layers])  # [layers], times a sum of lengths
         self._of_layers = like.new_tensor([1 / (STEP * math.sqrt(rows * d_in)) for rows, d_in in layers])  # [layers]
-        of_rows = np.repeat([1 / (STEP * math.sqrt(d_in)) for _, d_in in layers], self._rows_of_layers)
+        of_rows = np.repeat([1 / (STEP * math.sqrt(d_in)) for _, d_in in layers], rows_of_layers)
         self._of_rows = like.new_tensor(of_rows.tolist())  # [rows]
 
     def divisors(self, directions: Sequence[Tensor], step_length: str) -> Tensor:
@@ -69,12 +70,15 @@ class Lengths:
         if step_length == "raw":
             return torch.ones_like(self._of_rows)
         norms = torch.cat([torch.linalg.vector_norm(D, dim=-1).view(-1) for D in directions])  # [rows]
-        layers = norms.split(self._rows_of_layers)
         if step_length == "normalised":
-            sizes = torch.stack(torch._foreach_norm(layers)).clamp_min_(SHORTEST).mul_(self._of_layers)  # [layers]
+            sizes = self._sums(norms.square_()).sqrt_().clamp_min_(SHORTEST).mul_(self._of_layers)  # [layers]
             return sizes.index_select(0, self._layer)
-        floors = torch.stack(torch._foreach_norm(layers, 1)).mul_(self._floor)  # [layers]
+        floors = self._sums(norms).mul_(self._floor)  # [layers]
         return norms.add_(floors.index_select(0, self._layer)).clamp_min_(SHORTEST).mul_(self._of_rows)
+
+    def _sums(self, rows: Tensor) -> Tensor:
+        """`[rows]` summed over the rows of every layer, `[layers]`."""
+        return torch.segment_reduce(rows, "sum", lengths=self._rows_of_layers, unsafe=True)  # or the host would look
 
     def by_group(self, rows: Tensor) -> list[Tensor]:
         """`[rows]` cut up into `[L groups, d_out, 1]` for every group."""

@@ -87,10 +87,11 @@ class Moves:
         for k, ((group, indices), D) in enumerate(zip(members, directions, strict=True)):
             for side, part in enumerate(Columns.split(D, group.M.b is not None)):
                 moving = list(_moving(group, side))
-                if part is not None and moving:
-                    step = part / divisors[indices[side]][k]  # dense
-                    params += [p for _, p in moving]
-                    steps += [group.as_parameter(side, i, step[group.rows(i)]) for i, _ in moving]
+                if part is None or not moving:
+                    continue
+                step = (part / divisors[indices[side]][k]).split(group.groups)  # dense; of each layer
+                params += [p for _, p in moving]
+                steps += [group.as_parameter(side, i, step[i]) for i, _ in moving]
         torch._foreach_sub_(params, steps)
 
     def _decay(self, index: int, rate: Tensor, members: list[tuple[Group, Indices]], of: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from kfqn_core.estimate.statistics import Record
 from kfqn_core.parallel.ranks import Ranks, refuse_shards
 from kfqn_core.training import checkpoint
 from kfqn_core.training.fallback import Fallback
-from kfqn_core.training.finite import Skips, all_finite, unscale
+from kfqn_core.training.finite import Skips, all_finite, note_scale
 from kfqn_core.training.groups import Layer
 from kfqn_core.training.options import Options, check_group, refreshes
 from kfqn_core.training.pairs import SamePoint, source
@@ -179,10 +179,10 @@ class KFQN(torch.optim.Optimizer):
         refresh = refreshes(self._steps, self._options.refresh)
         loss = self._pairs.evaluate(closure, refresh)
         records = self.plan.hooks.pop()
-        self._prepare(records)
+        moving = self._prepare(records)
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        unscale(self.plan, records, scale, found_inf)
-        finite = self._ranks.all(all_finite(self.plan.moving(), loss, found_inf, self._skips.counts.device))
+        note_scale(self.plan, records, scale, found_inf)
+        finite = self._ranks.all(all_finite(moving, loss, scale, found_inf, self._skips.counts.device))
         self._skips.count(finite)
         average = self._steps > 0 or not self._warm_started  # a warm-started A sits the first step out
 
@@ -204,18 +204,19 @@ class KFQN(torch.optim.Optimizer):
         self._skips.warn(self._steps)
         return loss
 
-    def _prepare(self, records: dict[str, Record]) -> None:
-        """Whatever may fail, fails here: the model as it is now, gradients that can be moved, layers that were seen."""
+    def _prepare(self, records: dict[str, Record]) -> list[nn.Parameter]:
+        """Whatever may fail, fails here. Returns the parameters that have a gradient."""
         if self._removed:
             raise RuntimeError("the hooks of this optimizer were removed, so that it sees nothing: make a new KFQN")
-        followed = self._follow_model()
-        refuse_sparse(self.plan.moving())
         self._ranks.require_group()
-        if followed:
+        if self._follow_model():
             for name in self.plan.new:  # what was seen of it was another matrix, or nothing
                 records.pop(name, None)
         else:
             self._leave_unseen(records)
+        moving = self.plan.moving()
+        refuse_sparse(moving)
+        return moving
 
     def _follow_model(self) -> bool:
         """A new plan, if model or parameter groups have changed. Returns whether they had."""
@@ -297,5 +298,4 @@ class KFQN(torch.optim.Optimizer):
         checkpoint.load(self.plan, self.fallback, saved)
         self._steps, skipped, self._warm_started = counters
         self._skips.counts.copy_(torch.tensor([skipped, 0]))
-        for name in self.plan.hooks:
-            self.plan.hooks[name].watching = True  # the first pass also tells which ranks there are
+        self.plan.watch_all()  # the first pass also tells which ranks there are

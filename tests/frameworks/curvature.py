@@ -1,17 +1,19 @@
-"""How far two estimates of curvature are from each other."""
+"""What the optimizer thinks `A` is."""
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
 
 from kfqn_core import KFQN
 
-
-def relative_difference(H: Tensor, reference: Tensor) -> float:
-    """`||H - reference||_F / ||reference||_F`."""
-    return ((H - reference).norm() / reference.norm()).item()
+DAMPING = 0.03  # the default, which every layer has where there are no pairs
 
 
-def estimates(optimizer: KFQN) -> dict[str, Tensor]:
-    """A copy of `H_a` of every layer."""
-    return {name: layer.activation.H.clone() for name, layer in optimizer.layers.items()}
+def traces(optimizer: KFQN) -> dict[str, float]:
+    """The trace of `A` of every layer, from `H_a = (A + lambda I)^-1`: use with activation_factor="inverse"."""
+    found = {}
+    for name, layer in optimizer.layers.items():
+        H = layer.activation.H.double()
+        A = torch.linalg.inv(H) - DAMPING * torch.eye(H.shape[-1], dtype=H.dtype)
+        found[name] = A.diagonal(dim1=-2, dim2=-1).sum().item()
+    return found

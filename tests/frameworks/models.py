@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tests.frameworks.tasks import BYTES, MASK, PAD, Task, gratings, masked_windows, windows
+from tests.frameworks.tasks import BYTES, PAD, Task, chains, gratings, masked, windows
 
 TOKENS: dict[str, Any] = {"vocab_size": BYTES, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": PAD}
 
@@ -17,16 +17,16 @@ def next_byte(model: nn.Module, k: int) -> Tensor:
     return model(input_ids=ids, labels=ids, use_cache=False).loss
 
 
-def masked_byte(model: nn.Module, k: int) -> Tensor:
-    """Predict masked bytes."""
-    ids, labels = masked_windows(k)
+def masked_word(model: nn.Module, k: int) -> Tensor:
+    """Predict masked words from their neighbours."""
+    ids, labels = masked(chains(k), k)
     return model(input_ids=ids, labels=labels).loss
 
 
 def restore(model: nn.Module, k: int) -> Tensor:
     """From a window with masked bytes to the window: an encoder and a decoder."""
-    ids, labels = windows(k), masked_windows(k)[1]
-    return model(input_ids=ids.masked_fill(labels != -100, MASK), labels=ids, use_cache=False).loss
+    ids = windows(k)
+    return model(input_ids=masked(ids, k)[0], labels=ids, use_cache=False).loss
 
 
 def direction(model: nn.Module, k: int) -> Tensor:
@@ -78,7 +78,7 @@ def transformers_tasks(*, dropout: float = 0.0, tied: bool | None = None) -> dic
     tasks = [
         Task("GPT-2", gpt2, next_byte),
         Task("Llama", lambda: hf.LlamaForCausalLM(hf.LlamaConfig(intermediate_size=128, **llama)), next_byte),
-        Task("BERT", bert, masked_byte),
+        Task("BERT", bert, masked_word),
         Task("T5", t5, restore),
         Task("ViT", vit, direction),
         Task("Mixtral", mixtral, next_byte),

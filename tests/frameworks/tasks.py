@@ -50,11 +50,22 @@ def windows(step: int, samples: int = 16, tokens: int = 32) -> Tensor:
     return TEXT[starts + torch.arange(tokens)]
 
 
-def masked_windows(step: int, share: float = 0.2) -> tuple[Tensor, Tensor]:
+def masked(ids: Tensor, step: int, share: float = 0.2) -> tuple[Tensor, Tensor]:
     """Token ids, some of them masked, and labels that are -100 where nothing was masked."""
-    ids = windows(step)
     hidden = torch.rand(ids.shape, generator=torch.Generator().manual_seed(step + 10_000)) < share
     return ids.masked_fill(hidden, MASK), ids.masked_fill(~hidden, -100)
+
+
+def chains(step: int, samples: int = 16, tokens: int = 32, words: int = 32) -> Tensor:
+    """Token ids `[samples, tokens]` of which each names the next, but for one in twenty."""
+    generator = torch.Generator().manual_seed(step)
+    follows = torch.randperm(words, generator=torch.Generator().manual_seed(99))
+    stray = torch.randint(words, (tokens, samples), generator=generator)
+    keeps = torch.rand(tokens, samples, generator=generator) < 0.95
+    ids = [stray[0]]
+    for t in range(1, tokens):
+        ids.append(torch.where(keeps[t], follows[ids[-1]], stray[t]))
+    return torch.stack(ids, dim=1) + 8
 
 
 def gratings(step: int, samples: int = 32, size: int = 32, classes: int = 10) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ import warnings
 import torch
 
 from kfqn_core import KFQN, describe
+from tests.frameworks.curvature import traces
 from tests.frameworks.models import transformers_tasks
 from tests.frameworks.tasks import compare, lead, line, untuned
 
@@ -64,7 +65,7 @@ def test_no_layer_is_given_up_while_training(name):
 @pytest.mark.parametrize("name", ["Llama", "T5"])
 def test_gradient_checkpointing_changes_no_curvature(name):
     """Recomputed activations are seen once."""
-    task, factors = TASKS[name], []
+    task, found = TASKS[name], []
     for checkpointing in (False, True):
         model = task.made()
         if checkpointing:
@@ -72,12 +73,5 @@ def test_gradient_checkpointing_changes_no_curvature(name):
         optimizer = KFQN(model, activation_factor="inverse")
         task.loss(model, 0).backward()
         optimizer.step()
-        factors.append({n: layer.activation.H.clone() for n, layer in optimizer.layers.items()})
-    assert factors[0].keys() == factors[1].keys()
-    ratios = {n: _ratio(factors[1][n], H) for n, H in factors[0].items()}
-    assert max(ratios.values()) < 0.5, ratios  # inputs are thinned where memory is short, so that they differ a little
-
-
-def _ratio(H, reference):
-    traces = [matrix.diagonal(dim1=-2, dim2=-1).sum().item() for matrix in (H, reference)]
-    return abs(traces[0] / traces[1] - 1)
+        found.append(traces(optimizer))
+    assert found[1] == pytest.approx(found[0], rel=0.3)  # inputs are thinned where memory is short
