@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kfqn_core.lab.checks import relative_error
+from kfqn_core.maths import columns
 from kfqn_core.maths.columns import Columns
 
 F64 = torch.float64
@@ -52,15 +53,22 @@ def test_product_with_a_diagonal_is_that_of_the_joined_matrix(d_in, dtype, has_b
     assert torch.equal(parts.joined(), W)
 
 
-def test_products_use_no_memory_that_was_not_written():
-    """Rows are laid out with gaps, which hold anything."""
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_rows_of_a_large_product_begin_at_multiples_of_64_bytes_and_gaps_are_not_read(dtype):
+    """Gaps hold anything; here NaN. Also for a matrix with fewer columns, as the basis of a low-rank factor has."""
+    d_out = columns.LARGE // 301 + 1
+    parts = Columns.split(matrix(2, d_out, 301, dtype=dtype), True)
+    H, e = matrix(2, 301, 301, seed=1, dtype=dtype), matrix(2, 301, seed=2, dtype=dtype)
     torch.utils.deterministic.fill_uninitialized_memory = True  # with NaN, in deterministic mode
     torch.use_deterministic_algorithms(True)
     try:
-        parts = Columns.split(matrix(2, 3, 301), True)
-        H, e = matrix(2, 301, 301, seed=1), matrix(2, 301, seed=2)
-        product, scaled = parts.times(H), parts.scaled(e)
+        product, scaled, thin = parts.times(H), parts.scaled(e), parts.times(H[..., :9])
     finally:
         torch.use_deterministic_algorithms(False)
-    assert relative_error(product, parts.joined() @ H) < 1e-14
-    assert torch.equal(scaled, parts.joined() * e[:, None])
+    for found, expected in (
+        (product, parts.joined().double() @ H.double()),
+        (scaled, parts.joined().double() * e.double()[:, None]),
+        (thin, parts.joined().double() @ H[..., :9].double()),
+    ):
+        assert relative_error(found, expected) < 100 * torch.finfo(dtype).eps  # sums of 301 products
+    assert product.stride(1) % (64 // product.element_size()) == 0

@@ -131,6 +131,17 @@ def test_thinned_uses_hold_every_kth_of_all_samples(samples, vectors):
     assert relative_error(record.mean_input(), a.mean((0, 2))) < 1e-13
 
 
+def test_a_use_that_was_thinned_weighs_as_much_as_before():
+    """Beside one that was not: as if every sample that is left had been seen several times."""
+    layer = LAYERS["conv"]().double()
+    long, short = use(layer, 12, 0), use(layer, 5, 1)
+    thin([long], 3 * long.T)
+    repeated = Use(long.x.repeat_interleave(4, 0), long.T)
+    record, as_if = record_of(layer, long, short), record_of(layer, repeated, short)
+    for name in ("mean_input", "second_moment", "diagonal"):
+        assert relative_error(getattr(record, name)(), getattr(as_if, name)()) < 1e-14
+
+
 def test_thinning_twice_is_thinning_once():
     layer = nn.Linear(3, 2).double()
     once, twice = ([Use(drawn(24, 3), 1), Use(drawn(12, 3, seed=1), 1)] for _ in range(2))

@@ -95,12 +95,12 @@ class GradientFactor:
     def damped(self, s: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Damped copies of pairs `[B, d_out]`: D_P, then D_I or D_LM."""
         H_y = self.inverse.apply(y.unsqueeze(-1)).squeeze(-1)
-        if isinstance(self.damping, float | int):
-            return self._damped(H_y, s, y, self.damping)
-        # Layers of one shape act at different numbers of locations, and some splits of the damping depend on them.
-        by_row = zip(H_y, s, y, self.damping, strict=True)
-        rows = [self._damped(H_y_row, s_row, y_row, mu2) for H_y_row, s_row, y_row, mu2 in by_row]
-        return torch.stack([s for s, _ in rows]), torch.stack([y for _, y in rows])
+        if isinstance(self.damping, list):
+            # Layers of one shape act at different numbers of locations, and some splits of the damping depend on them.
+            by_row = zip(H_y, s, y, self.damping, strict=True)
+            rows = [self._damped(H_y_row, s_row, y_row, mu2) for H_y_row, s_row, y_row, mu2 in by_row]
+            return torch.stack([s for s, _ in rows]), torch.stack([y for _, y in rows])
+        return self._damped(H_y, s, y, self.damping)
 
     def _damped(self, H_y: Tensor, s: Tensor, y: Tensor, mu2: float) -> tuple[Tensor, Tensor]:
         # A curvature that the damping lambda_G would bury anyway is rounding error where batch norm makes all mean

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo import eval_frame
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from kfqn_core.estimate.statistics import Record, Use, serials, thin
@@ -386,7 +387,9 @@ class _ForwardHook(_Hook):
         watch = self._watch()
         if watch is None or not (watch.mode == "inputs" or (watch.watching and torch.is_grad_enabled())):
             return None
-        observe: Any = Watch.observe_eagerly if torch.compiler.is_compiling() else Watch.observe
+        # Inside a compiled model, or behind a break of its graph, where every function is taken up once for each layer.
+        compiling = torch.compiler.is_compiling() or eval_frame.get_eval_frame_callback() is not None
+        observe: Any = Watch.observe_eagerly if compiling else Watch.observe
         try:
             return observe(watch, module, args, kwargs, output)
         except Exception as error:  # whatever is wrong with the statistics, the user's forward goes on

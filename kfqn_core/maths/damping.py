@@ -51,9 +51,9 @@ def levenberg_marquardt(s: Tensor, y: Tensor, mu2: float) -> tuple[Tensor, Tenso
     It raises `s^T y` by `mu2 |s|^2` and so makes it positive only where `s^T y > -mu2 |s|^2`.
     """
     check_vectors(s=s, y=y)
-    if not isinstance(mu2, int | float):
+    if not isinstance(mu2, (int, float)):
         raise TypeError(f"mu2 must be a Python number, got {type(mu2).__name__}")
-    if not (math.isfinite(mu2) and mu2 > 0):
+    if not (0 < mu2 < math.inf):
         raise ValueError(f"mu2 must be positive and finite, got {mu2!r}")
     return s, y + mu2 * s
 
@@ -87,7 +87,7 @@ def check_vectors(**vectors: Tensor) -> None:
 
 def _check_fraction(value: float, name: str, advice: str) -> None:
     # A tensor would have to be read on the host to be compared.
-    if not isinstance(value, int | float):
+    if not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
     if not 0 < value < 1:
         raise ValueError(f"{name} must be in (0, 1), got {value!r}; {advice}")

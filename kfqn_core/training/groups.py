@@ -289,12 +289,23 @@ class Group:
 
     def load(self, i: int, weight: Mapping[str, Tensor], bias: Mapping[str, Tensor]) -> None:
         """Copy the state of layer i from tensors as `state` gives them, of whatever dtype and device."""
-        for own, saved in zip(self.state(i), (weight, bias), strict=True):
+        own, _ = self.state(i)
+        for side, saved in enumerate((weight, bias)):
             for key, value in saved.items():
-                # H y is all that an update reads of H, which therefore has to be symmetric to the last bit.
-                own[key].copy_((value + value.mT) / 2 if key in ("H_a", "H_g") else value)
+                if key == "M":
+                    self.load_momentum(i, side, value)
+                else:
+                    # H y is all that an update reads of H, which therefore has to be symmetric to the last bit.
+                    own[key].copy_((value + value.mT) / 2 if key in ("H_a", "H_g") else value)
         self._answer = Answer(self.started)
         self.unsettled.add(i)
+
+    def load_momentum(self, i: int, side: int, M: Tensor) -> None:
+        """Copy the momentum of one parameter of layer i, shaped like it.
+
+        What `state` gives of it is no view where the layer stores its weight in an order that strides do not describe.
+        """
+        self.momentum(side)[self.rows(i)].copy_(self.as_rows(side, i, M))
 
     def layer_activation(self, i: int) -> Activation:
         """The activation factor of layer i alone: views."""

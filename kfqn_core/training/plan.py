@@ -136,9 +136,9 @@ class Plan:
                     group.unsettled.discard(i)
                 continue
             self.new.add(name)
-            for own, saved in zip(group.state(i), (weight, bias), strict=True):
+            for side, (own, saved) in enumerate(zip(group.state(i), (weight, bias), strict=True)):
                 if "M" in own and "M" in saved and own["M"].shape == saved["M"].shape:
-                    own["M"].copy_(saved["M"])
+                    group.load_momentum(i, side, saved["M"])
 
     def unseen(self, records: Mapping[str, Record]) -> list[str]:
         """Layers whose weight has a gradient, which have no first estimate, and of which no use was seen.

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +102,7 @@ def mlp(*sizes: int, seed: int = 0) -> nn.Sequential:
     """Linear layers with tanh between."""
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
-    for d, e in zip(sizes, sizes[1:], strict=False):
+    for d, e in pairwise(sizes):
         layers += [nn.Linear(d, e), nn.Tanh()]
     return nn.Sequential(*layers[:-1])
 

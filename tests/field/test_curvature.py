@@ -1,4 +1,4 @@
-"""What enters the statistics: what entered `p.grad`, whoever called what, however often; and nothing that is not finite."""
+"""What enters the statistics: what entered `p.grad`, whoever called what, and nothing that is not finite."""
 
 import copy
 import threading
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.nn import functional as F
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from kfqn_core import KFQN
@@ -501,7 +501,7 @@ def test_the_first_estimate_is_positive_definite(scale, factors, kind):
         inputs = scale * torch.rand(20, 150) if kind == "counts" else scale * torch.ones(7, 150)
     optimizer = KFQN(model, activation_factor=factors)
     with silence():
-        train(optimizer, lambda: F.cross_entropy(model(inputs), torch.arange(len(inputs))), 4)
+        train(optimizer, lambda: functional.cross_entropy(model(inputs), torch.arange(len(inputs))), 4)
     for layer in optimizer.layers.values():
         eigenvalues = torch.linalg.eigvalsh(layer.activation.H.double())
         assert eigenvalues.min() > 0

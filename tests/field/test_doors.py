@@ -1,4 +1,4 @@
-"""What is typed first: constructors, their sentences, what the optimizer says of itself, compilation, other processes."""
+"""What is typed first: constructors and their sentences, what it says of itself, compilation, other processes."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kfqn_core import KFQN, describe
-from tests.field.programs import H_of, Shadow, difference, error, heard, inverse_of, mlp, randn, silence, train, values
+from tests.field.programs import H_of, Shadow, difference, error, heard, mlp, randn, silence, train, values
 
 x = randn(16, 5)
 

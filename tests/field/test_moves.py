@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from kfqn_core import KFQN, describe
@@ -179,7 +179,7 @@ APPLIED_LATER = {
 
 class Softplus(nn.Module):
     def forward(self, x):
-        return F.softplus(x)
+        return functional.softplus(x)
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
@@ -394,7 +394,7 @@ class Table(nn.Module):
         self.weight = nn.Parameter(torch.zeros(4, 8))
 
     def forward(self, x):
-        return x + F.embedding(torch.zeros(len(x), dtype=torch.long), self.weight, sparse=True).view(
+        return x + functional.embedding(torch.zeros(len(x), dtype=torch.long), self.weight, sparse=True).view(
             -1, *[1] * (x.dim() - 2), 8
         )
 
@@ -404,7 +404,7 @@ def test_a_sparse_gradient_is_one_sentence_before_anything_moves(make):
     torch.manual_seed(0)
     model = make()
     before, x = values(model), torch.arange(12).view(4, 3) % 10
-    with heard(), pytest.raises((RuntimeError, TypeError, ValueError), match="(?i)sparse"):
+    with heard(), pytest.raises((RuntimeError, TypeError, ValueError), match="sparse"):
         optimizer = KFQN(model)
         h = model(x)
         h.square().mean().backward()
@@ -568,11 +568,11 @@ def test_adversaries_without_detach(detach):
             fake = G(z)
             optimizers[1].zero_grad()
             on_fake = D(fake.detach() if detach else fake)
-            (F.softplus(-D(x)).mean() + F.softplus(on_fake).mean()).backward(retain_graph=True)
+            (functional.softplus(-D(x)).mean() + functional.softplus(on_fake).mean()).backward(retain_graph=True)
             with silence():
                 optimizers[1].step()
             optimizers[0].zero_grad()
-            F.softplus(-D(fake)).mean().backward()
+            functional.softplus(-D(fake)).mean().backward()
             with silence():
                 optimizers[0].step()
         assert not still(G, before)

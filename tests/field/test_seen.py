@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.nn import functional as F
+from torch.nn import functional
 
 from kfqn_core import KFQN, describe
 from tests.field.programs import (
@@ -43,7 +43,7 @@ def by_replica(layer, h):
 
 
 BEHIND_ITS_BACK = {
-    "F.linear": lambda layer, h: F.linear(h, layer.weight, layer.bias),
+    "functional.linear": lambda layer, h: functional.linear(h, layer.weight, layer.bias),
     "matmul of slices": lambda layer, h: torch.cat([h @ w.T for w in layer.weight.split(1)], 1) + layer.bias,
     "einsum": lambda layer, h: torch.einsum("ni,oi->no", h, layer.weight) + layer.bias,
     "forward": lambda layer, h: layer.forward(h),
@@ -72,7 +72,7 @@ def test_a_weight_that_something_else_reads_moves_by_adam_with_one_warning(use):
 
 
 def KFQN_after_one_step(x):
-    model = Reads(BEHIND_ITS_BACK["F.linear"])
+    model = Reads(BEHIND_ITS_BACK["functional.linear"])
     optimizer = KFQN(model, activation_factor="action")
     with heard():
         train(optimizer, lambda: model(x).square().mean(), 1)
@@ -81,7 +81,7 @@ def KFQN_after_one_step(x):
 
 def windows(layer, x):
     """As shifted-window attention in torchvision reads its weights: functional, from a module's child."""
-    return F.multi_head_attention_forward(
+    return functional.multi_head_attention_forward(
         x, x, x, 8, 2, layer.qkv.weight, layer.qkv.bias, None, None, False, 0.0, layer.proj.weight, layer.proj.bias
     )[0]
 
@@ -104,7 +104,7 @@ def test_shifted_windows_train_and_the_table_says_what_the_step_does():
     }
     optimizer, before = KFQN(model), values(model)
     with heard() as messages:
-        losses = train(optimizer, lambda: F.cross_entropy(model(x), torch.tensor([0, 1, 1])), 30)
+        losses = train(optimizer, lambda: functional.cross_entropy(model(x), torch.tensor([0, 1, 1])), 30)
     assert len(messages) == 1
     assert "qkv" in messages[0]
     assert "proj" in messages[0]
@@ -227,7 +227,7 @@ def test_tied_weights_train_in_silence(tie):
 
         def forward(self, x):
             h = torch.tanh(self.code(x))
-            h = F.linear(h, self.code.weight.T) if tie == "transposed" else self.twin(h)
+            h = functional.linear(h, self.code.weight.T) if tie == "transposed" else self.twin(h)
             return self.out(h + self.twin(x))
 
     model, x = Tied(), randn(16, 6)
@@ -474,7 +474,7 @@ def test_training_in_evaluation_mode_is_training(make, pairs):
 
     def closure():
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), y)
+        loss = functional.cross_entropy(model(x), y)
         loss.backward()
         return loss
 
@@ -496,7 +496,9 @@ def test_a_backbone_in_evaluation_mode_under_a_head_in_training_mode():
         optimizer = KFQN(net)
         if net is same:  # what evaluation mode computes, written out
             norm = net["body"][1]
-            scale = lambda h, norm=norm: F.batch_norm(h, norm.running_mean, norm.running_var, norm.weight, norm.bias)  # noqa: E731
+            scale = lambda h, norm=norm: functional.batch_norm(
+                h, norm.running_mean, norm.running_var, norm.weight, norm.bias
+            )  # noqa: E731
             run = lambda net=net, scale=scale: net["head"](scale(net["body"][0](x))).square().mean()  # noqa: E731
         else:
             run = lambda net=net: net["head"](net["body"](x)).square().mean()  # noqa: E731

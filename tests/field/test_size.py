@@ -1,5 +1,6 @@
 """What it costs: the state against Adam's, memory while training, a first estimate without a large matrix."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -31,7 +32,9 @@ def lora():
 
 def convnext():
     return nn.ModuleList([
-        nn.Sequential(nn.Conv2d(64, 64, 7, groups=64), nn.GroupNorm(1, 64), nn.Conv2d(64, 256, 1), nn.GELU(), nn.Conv2d(256, 64, 1))
+        nn.Sequential(
+            nn.Conv2d(64, 64, 7, groups=64), nn.GroupNorm(1, 64), nn.Conv2d(64, 256, 1), nn.GELU(), nn.Conv2d(256, 64, 1)
+        )
         for _ in range(2)
     ])  # fmt: skip
 
@@ -119,7 +122,7 @@ PEAKS = textwrap.dedent(
     from torch import nn
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = nn.Sequential(*[m for _ in range(8) for m in (nn.Linear(512, 512), nn.ReLU())])
+    model = nn.Sequential(*[m for _ in range(6) for m in (nn.Linear(512, 512), nn.ReLU())])
     if sys.argv[1] == "adam":
         optimizer = torch.optim.Adam(model.parameters(), fused=True)
     else:
@@ -132,7 +135,7 @@ PEAKS = textwrap.dedent(
     start = resident()
     for k in (1, 1, 3, 6):
         for _ in range(k):
-            x = torch.randn(1536, 512)
+            x = torch.randn(1024, 512)
             (model(x).square().mean() / k).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -143,12 +146,14 @@ PEAKS = textwrap.dedent(
 
 def peaks(kind):
     """MiB above what there was before the first pass, for 1, 3 and 6 micro-batches, in a process of its own."""
-    run = subprocess.run([sys.executable, "-c", PEAKS, kind], capture_output=True, text=True, check=True)
+    # Memory that is freed goes back at once: what is measured is what is held, and not how malloc cuts its heap.
+    kept = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**17)}
+    run = subprocess.run([sys.executable, "-c", PEAKS, kind], capture_output=True, text=True, check=True, env=kept)
     return [float(line) for line in run.stdout.split()][1:]
 
 
 def test_memory_does_not_grow_with_the_number_of_micro_batches():
-    """With all inputs kept, six micro-batches of these eight layers are 144 MiB more than one."""
+    """With all inputs kept, six micro-batches of these six layers are 60 MiB more than one."""
     for own, adams in zip(peaks("kfqn"), peaks("adam"), strict=True):
         assert own <= 1.05 * adams + 8
 
@@ -202,7 +207,7 @@ def test_checkpointing_keeps_its_saving(reentrant, batches):
         with Storages() as storages:
             for _ in range(2):
                 for _ in range(batches):
-                    x = torch.randn(1024, 256, requires_grad=reentrant)
+                    x = torch.randn(4096, 256, requires_grad=reentrant)
                     (model(x).square().mean() / batches).backward()
                     del x
                 optimizer.step()
@@ -229,7 +234,6 @@ WIDE = textwrap.dedent(
     import sys, torch
     from torch import nn
     from kfqn_core import KFQN, describe
-    what = sys.argv[1]
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -242,12 +246,9 @@ WIDE = textwrap.dedent(
     batches = [{"x": torch.randn(4, 12_000), "ids": torch.arange(4)}, (torch.randn(4, 12_000), torch.arange(4))]
     (model(*batches[1]).mean()).backward(); model.zero_grad()
     start = resident()
-    if what == "describe":
-        describe(model, batches[0]); describe(model, batches[1])
-    else:
-        optimizer = KFQN(model)
-        if what == "warm_start":
-            optimizer.warm_start(batches)
+    describe(model, batches[0]); describe(model, batches[1])
+    for optimizer in (KFQN(model), KFQN(model)):
+        optimizer.warm_start(batches)
         for _ in range(2):
             model(*batches[1]).square().mean().backward(); optimizer.step(); optimizer.zero_grad()
     print(resident() - start)
@@ -255,9 +256,8 @@ WIDE = textwrap.dedent(
 )
 
 
-@pytest.mark.parametrize("what", ["describe", "warm_start"])
-def test_no_matrix_of_all_inputs_exists(what):
-    run = subprocess.run([sys.executable, "-c", WIDE, what], capture_output=True, text=True, check=True)
+def test_no_matrix_of_all_inputs_exists():
+    run = subprocess.run([sys.executable, "-c", WIDE], capture_output=True, text=True, check=True)
     assert float(run.stdout) < 100  # MiB; a matrix would be 550
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp
-from torch.nn import functional as F
+from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kfqn_core import KFQN, describe, presets
@@ -42,8 +42,13 @@ def through_a_file(state):
     return torch.load(file, weights_only=True)
 
 
-METHODS = {"default": {}, "next_batch": {"pairs": "next_batch", "memory": 3}, "low rank": {"activation_factor": "low_rank", "rank": 1},
-           "inverse": {"activation_factor": "inverse", "activation_decay": 0.9}, "2020": {**presets.KBFGS_2020, "pairs": "next_batch"}}  # fmt: skip
+METHODS = {
+    "default": {},
+    "next_batch": {"pairs": "next_batch", "memory": 3},
+    "low rank": {"activation_factor": "low_rank", "rank": 1},
+    "inverse": {"activation_factor": "inverse", "activation_decay": 0.9},
+    "2020": {**presets.KBFGS_2020, "pairs": "next_batch"},
+}
 
 
 @pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
@@ -257,12 +262,10 @@ def test_one_dead_optimizer_does_not_disturb_the_next():
     assert difference(model, plain) == 0
 
 
-@pytest.mark.parametrize("stepped", [True, False])
-def test_a_saved_model_needs_nothing_of_this_package(tmp_path, stepped):
+def test_a_saved_model_needs_nothing_of_this_package(tmp_path):
     model = nn.Sequential(nn.Linear(5, 8), nn.TransformerEncoderLayer(8, 2, 8))
     optimizer = KFQN(model)
-    if stepped:
-        train(optimizer, lambda: model(x).square().mean(), 2)
+    train(optimizer, lambda: model(x).square().mean(), 2)
     torch.save(model, tmp_path / "model.pt")
     (tmp_path / "model.pkl").write_bytes(pickle.dumps(model))
     assert b"kfqn" not in (tmp_path / "model.pt").read_bytes()
@@ -336,4 +339,4 @@ def test_another_default_device():
             optimizer.load_state_dict(state)
             KFQN(model)
             describe(model)
-        train(optimizer, lambda: F.mse_loss(model(inputs), torch.zeros(16, 3)), 2)
+        train(optimizer, lambda: functional.mse_loss(model(inputs), torch.zeros(16, 3)), 2)

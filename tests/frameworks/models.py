@@ -31,6 +31,12 @@ def restore(model: nn.Module, k: int) -> Tensor:
 
 def direction(model: nn.Module, k: int) -> Tensor:
     """Classify stripes."""
+    images, labels = gratings(k, noise=0.1)
+    return model(pixel_values=images, labels=labels).loss
+
+
+def direction_in_noise(model: nn.Module, k: int) -> Tensor:
+    """Classify stripes in white noise."""
     images, labels = gratings(k)
     return model(pixel_values=images, labels=labels).loss
 
@@ -48,7 +54,9 @@ def transformers_tasks(*, dropout: float = 0.0, tied: bool | None = None) -> dic
 
     def gpt2() -> nn.Module:
         drop = {key: dropout for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
-        return hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=64, **drop, **TOKENS, **tie))
+        return hf.GPT2LMHeadModel(
+            hf.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=64, **drop, **TOKENS, **tie)
+        )
 
     def bert() -> nn.Module:
         config = hf.BertConfig(
@@ -81,6 +89,7 @@ def transformers_tasks(*, dropout: float = 0.0, tied: bool | None = None) -> dic
         Task("BERT", bert, masked_word),
         Task("T5", t5, restore),
         Task("ViT", vit, direction),
+        Task("ViT, noisy images", vit, direction_in_noise),
         Task("Mixtral", mixtral, next_byte),
     ]
     return {task.name: task for task in tasks}

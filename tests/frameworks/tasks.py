@@ -22,17 +22,21 @@ from kfqn_core import KFQN
 BYTES = 128  # token ids of `text`: ASCII
 MASK, PAD = 1, 0
 LAST = 8  # steps whose mean loss is compared
+SOLVED = 0.1  # a loss below this counts as this: how far below says little
 ADAM_RATES = (1e-3, 3e-3)
+
+
+WORDS = {
+    "adjective": "small grey quiet honest northern sudden broken distant green patient",
+    "noun": "river matrix engine garden teacher window library signal harbour theorem",
+    "verb": "follows measures repairs describes crosses remembers supports divides carries answers",
+}
 
 
 def text(length: int = 40_000) -> Tensor:
     """Sentences of a small grammar, as bytes: something to be learnt in spelling, in words and in their order."""
     draw = random.Random(0)
-    words = {
-        "adjective": "small grey quiet honest northern sudden broken distant green patient".split(),
-        "noun": "river matrix engine garden teacher window library signal harbour theorem".split(),
-        "verb": "follows measures repairs describes crosses remembers supports divides carries answers".split(),
-    }
+    words = {kind: names.split() for kind, names in WORDS.items()}
     sentences, total = [], 0
     while total < length:
         subject, thing = (f"the {draw.choice(words['adjective'])} {draw.choice(words['noun'])}" for _ in range(2))
@@ -68,8 +72,10 @@ def chains(step: int, samples: int = 16, tokens: int = 32, words: int = 32) -> T
     return torch.stack(ids, dim=1) + 8
 
 
-def gratings(step: int, samples: int = 32, size: int = 32, classes: int = 10) -> tuple[Tensor, Tensor]:
-    """Noisy stripes `[samples, 3, size, size]` of any phase and colour; their direction is the class."""
+def gratings(
+    step: int, samples: int = 32, size: int = 32, classes: int = 10, noise: float = 0.7
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Stripes `[samples, 3, size, size]` of any phase and colour, in noise; their direction is the class."""
     generator = torch.Generator().manual_seed(step)
     labels = torch.randint(classes, (samples,), generator=generator)
     angle = (labels * (math.pi / classes)).view(-1, 1, 1)
@@ -77,8 +83,8 @@ def gratings(step: int, samples: int = 32, size: int = 32, classes: int = 10) ->
     at = torch.arange(size) * (2 * math.pi * 4 / size)
     waves = torch.sin(at * angle.cos() + at.view(-1, 1) * angle.sin() + phase)  # [samples, size, size]
     colour = torch.rand(samples, 3, 1, 1, generator=generator) + 0.2
-    noise = torch.randn(samples, 3, size, size, generator=generator)
-    return colour * waves.unsqueeze(1) + 0.7 * noise, labels
+    grain = torch.randn(samples, 3, size, size, generator=generator)
+    return colour * waves.unsqueeze(1) + noise * grain, labels
 
 
 @dataclass(frozen=True)
@@ -170,5 +176,5 @@ def line(row: Mapping[str, Any]) -> str:
 
 
 def lead(row: Mapping[str, Any], schedule: str) -> float:
-    """KFQN's loss over that of Adam at its better rate."""
-    return row[schedule] / min(row[f"{schedule} Adam"].values())
+    """KFQN's loss over that of Adam at its better rate, neither of them taken below `SOLVED`."""
+    return max(row[schedule], SOLVED) / max(min(row[f"{schedule} Adam"].values()), SOLVED)

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from kfqn_core import KFQN
@@ -55,7 +55,7 @@ class Run:
         losses = []
         for x, y in self.data:
             with self.accelerator.accumulate(self.model):
-                loss = F.cross_entropy(self.model(x), y)
+                loss = cross_entropy(self.model(x), y)
                 self.accelerator.backward(loss)
                 if clip is not None and self.accelerator.sync_gradients:
                     self.accelerator.clip_grad_norm_(self.model.parameters(), clip)
@@ -85,7 +85,7 @@ def test_prepared_is_the_same_step():
     optimizer = KFQN(model)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 200)
     for x, y in loader(4, 16):
-        F.cross_entropy(model(x), y).backward()
+        cross_entropy(model(x), y).backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -97,7 +97,7 @@ def test_accumulated_micro_batches_are_one_batch(accumulated):
     x, y = gratings(0, 64)
     model = network()
     whole = KFQN(model, activation_factor="inverse")
-    F.cross_entropy(model(x), y).backward()
+    cross_entropy(model(x), y).backward()
     whole.step()
     run = Run(accumulated, 64 // accumulated, accumulated=accumulated, activation_factor="inverse")
     run.data = [(a, b) for a, b in zip(x.chunk(accumulated), y.chunk(accumulated), strict=True)]

