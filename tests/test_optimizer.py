@@ -517,7 +517,9 @@ def test_after_loading_a_state_the_next_mini_batch_is_looked_at():
     for model, optimizer in zip((ahead, behind), optimizers, strict=True):
         train(model, optimizer, data, 4)  # the first of these updates curvature
     optimizers[0].remove_hooks()
-    with pytest.raises(RuntimeError, match="hooks of this optimizer were removed"):  # also where curvature would not be updated
+    with pytest.raises(
+        RuntimeError, match="hooks of this optimizer were removed"
+    ):  # also where curvature would not be updated
         train(ahead, optimizers[0], data, 1)
     ends = (snapshot(ahead, optimizers[0]).values(), snapshot(behind, optimizers[1]).values())
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
@@ -530,7 +532,8 @@ def test_a_pair_of_consecutive_mini_batches_is_judged_by_the_gradient_before(mon
     before = {name: layer.tensors()["g_last"].clone() for name, layer in optimizer.layers.items()}
     judges = []
     monkeypatch.setattr(
-        "kfqn_core.estimate.gradient.GradientFactor.update", lambda self, s, y, g_mean, where: judges.append(g_mean.clone())
+        "kfqn_core.estimate.gradient.GradientFactor.update",
+        lambda self, s, y, g_mean, where: judges.append(g_mean.clone()),
     )
     train(model, optimizer, [(x, y)], 1)
     assert all(any(torch.equal(judge, g) for judge in judges) for g in before.values())
@@ -618,9 +621,9 @@ def test_clear_refusals():
         optimizer.load_state_dict(KFQN(model, lr=0.1).state_dict())
     with pytest.raises(ValueError, match="not a state of KFQN"):
         optimizer.load_state_dict(torch.optim.SGD(model.parameters()).state_dict())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
     with pytest.raises(RuntimeError, match="no forward of any layer was seen"):
-        for p in model.parameters():
-            p.grad = torch.ones_like(p)
         optimizer.step(lambda: torch.tensor(0.0))
     train(model, optimizer, [(x, y)], 1)
     with pytest.raises(RuntimeError, match="before the first step"):

@@ -117,7 +117,7 @@ def test_thinned_uses_hold_every_kth_of_all_samples(samples, vectors):
     every = -(-3 * sum(samples) // vectors)
     kept = torch.cat(xs)[::every]
     before = [use.x for use in record.uses]
-    thin(record.uses, vectors)
+    thin(record.uses, vectors=vectors)
     assert torch.equal(torch.cat([use.x for use in record.uses if use.x is not None]), kept)
     assert record.samples == sum(samples)
     assert 3 * len(kept) < vectors + 3  # samples are kept whole
@@ -135,7 +135,7 @@ def test_a_use_that_was_thinned_weighs_as_much_as_before():
     """Beside one that was not: as if every sample that is left had been seen several times."""
     layer = LAYERS["conv"]().double()
     long, short = use(layer, 12, 0), use(layer, 5, 1)
-    thin([long], 3 * long.T)
+    thin([long], vectors=3 * long.T)
     repeated = Use(long.x.repeat_interleave(4, 0), long.T)
     record, as_if = record_of(layer, long, short), record_of(layer, repeated, short)
     for name in ("mean_input", "second_moment", "diagonal"):
@@ -145,9 +145,9 @@ def test_a_use_that_was_thinned_weighs_as_much_as_before():
 def test_thinning_twice_is_thinning_once():
     layer = nn.Linear(3, 2).double()
     once, twice = ([Use(drawn(24, 3), 1), Use(drawn(12, 3, seed=1), 1)] for _ in range(2))
-    thin(once, 6)
-    thin(twice, 18)
-    thin(twice, 6)
+    thin(once, vectors=6)
+    thin(twice, vectors=18)
+    thin(twice, vectors=6)
     for one, other in zip(once, twice, strict=True):
         assert torch.equal(one.x, other.x)
         assert one.each == other.each == 6

@@ -31,7 +31,7 @@ from kfqn_core.estimate.statistics import Record, Use, serials, thin
 from kfqn_core.layers import Call, Part
 from kfqn_core.parallel.ranks import Ranks
 
-FEW = 256  # input vectors that are kept of a layer where memory is short
+FEW = 256  # input vectors, or as many numbers, that are kept of a layer where memory is short
 SMALL = 2**22  # entries of an input that is copied rather than trusted not to be written over
 
 
@@ -195,18 +195,19 @@ class Watch:
         if self.mode == "inputs":
             self._count_forward(call)
             return None
-        h, replacement = call.h, None
-        if self.mode == "second pass" and not h.requires_grad and h is output:
-            # The graph starts here; a clone, because an in-place activation may not overwrite a leaf.
-            h = replacement = h.requires_grad_().clone()
+        h, replacement, zero = call.h, None, None
+        if self.mode == "second pass" and h is output:
+            # Parameters are frozen: the graph starts here, and what accumulates into this zero is the loss's backward.
+            zero = h.new_zeros((), requires_grad=True)
+            h = replacement = h + zero
         if not h.requires_grad or not (self._weight.requires_grad or self.mode == "second pass"):
             return replacement
         enclosing = torch._C._current_graph_task_id()  # of the backward that recomputes this forward, or -1
         if enclosing == -1 and self.pending and not self._thinned:
             # Another forward before the step: a micro-batch was accumulated. Its inputs make room for the next one's.
-            thin(self._uses + self._captured, FEW)
+            thin(self._uses + self._captured, entries=FEW * self.part.view.d_in)
             self._thinned = True
-        sight = _Sight(self, call, recomputed=enclosing != -1)
+        sight = _Sight(self, call, self._weight if zero is None else zero, recomputed=enclosing != -1)
         if sight.samples:
             h.register_hook(sight)
         else:
@@ -228,37 +229,26 @@ class Watch:
 
     def reached(self, sight: _Sight, grad: Tensor) -> None:
         """Backward has come to a use: note it, and what the gradient is, until it has come to the weight."""
-        counts = self._counts()
+        counts = _counts(sight.leaf)
         if counts == "no":
             return
         self._stale = self._cleared()
         last = None if sight.use is None else sight.use()
         known = not self._stale and any(last is use for use in self._uses)  # an earlier backward has been here
-        if last is None or not known or counts == "captured":
-            use = sight.new_use(self.vectors)
-        else:
-            use = last
+        again = last is not None and known and counts != "captured"
+        use = last if again and last is not None else sight.new_use(self.vectors)
         if self.outputs and sight.shows_h:
             g_sum = self.part.view.sum_output(self.part.view.batched(grad))
             use.g_sum = g_sum if use.g_sum is None else use.g_sum + g_sum  # several losses, several backwards
         if counts == "captured":
             self._captured.append(use)
+            self._thinned = False
         elif use is not last:
             sight.use = weakref.ref(use)  # weak: the graph, which owns the sight, may live for long
             if self.mode == "second pass":
                 self._uses.append(use)
             else:
                 self._reached.append((torch._C._current_graph_task_id(), use))
-
-    def _counts(self) -> str:
-        """Whether this backward accumulates into the weight: "yes", "no", or "captured" by `autograd.grad`."""
-        if self.mode == "second pass":
-            return "yes"
-        try:
-            node = torch.autograd.graph.get_gradient_edge(self._weight).node
-            return "yes" if torch._C._will_engine_execute_node(node) else "no"
-        except RuntimeError:
-            return "captured"
 
     def _cleared(self) -> bool:
         """Whether the gradient is no longer the one that the uses so far have entered."""
@@ -290,8 +280,9 @@ class Watch:
 class _Sight:
     """A tensor hook on the `h` of one use, which hears of its gradient. The graph owns it, and through it the input."""
 
-    def __init__(self, watch: Watch, call: Call, *, recomputed: bool):
+    def __init__(self, watch: Watch, call: Call, leaf: Tensor, *, recomputed: bool):
         view = watch.part.view
+        self.leaf = leaf  # into which a backward that counts accumulates
         self.watch, self.view, self.shows_h, self.recomputed = weakref.ref(watch), view, call.shows_h, recomputed
         self.serial = next(serials)
         self.use: weakref.ref[Use] | None = None
@@ -339,9 +330,10 @@ class _Sight:
             self.input = None  # the graph is passed for the last time, and its other tensors are freed as well
         use.x = x
         if self.recomputed or (self.origin is not None and self.origin.expired()):
-            vectors = FEW  # it was dropped, packed or moved to the host since the forward: memory is short
+            # It was dropped, packed or moved to the host since the forward: memory is short.
+            thin([use], entries=FEW * self.view.d_in)
         if vectors is not None:
-            thin([use], vectors)
+            thin([use], vectors=vectors)
         if self.from_data and use.each == 1 and x.numel() <= SMALL:
             use.x = x.clone()  # a buffer of the user's, who may fill it again before the step
         use.version = use.x._version
@@ -402,6 +394,15 @@ class _AccumulatedHook(_Hook):
         watch = self._watch()
         if watch is not None:
             watch.accumulated()
+
+
+def _counts(leaf: Tensor) -> str:
+    """Whether this backward accumulates into a leaf: "yes", "no", or "captured" by `autograd.grad`."""
+    try:
+        node = torch.autograd.graph.get_gradient_edge(leaf).node
+        return "yes" if torch._C._will_engine_execute_node(node) else "no"
+    except RuntimeError:
+        return "captured"
 
 
 def _remove(handles: list[Any]) -> None:

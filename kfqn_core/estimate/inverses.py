@@ -62,8 +62,8 @@ def positive_inverse(A: Tensor, damping: float | Tensor) -> Tensor:
 
     `H = L^-T L^-1` with the Cholesky factor `L` is positive semidefinite as it is formed. Float32 resolves no
     eigenvalue of A that is smaller than a rounding error of its trace, which is therefore added to the damping; where
-    there is no factor all the same, or one whose inverse exceeds `1 / damping`, the inverse of the diagonal stands for
-    it. No value is read on the host.
+    there is no factor all the same, or one whose inverse exceeds `1 / damping` on its diagonal, the inverse of the
+    diagonal of A stands for it. No value is read on the host.
 
     Args:
         A: `[B, n, n]`, symmetric, of a real dtype in which `torch.linalg` works.

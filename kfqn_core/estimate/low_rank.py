@@ -17,7 +17,6 @@ from kfqn_core.estimate.statistics import Statistics
 from kfqn_core.maths.columns import Columns
 
 POWER_ITERATIONS = 2  # at the start, from random directions
-ROWS = 4096  # input vectors (samples times locations) that an update looks at: more cost time and add little
 COMPLETION = 1e-4  # weight of the directions that complete the basis, relative to the norm of F
 SHIFT = 1e-6  # added to the small matrix, relative to its trace: float32 resolves no smaller eigenvalue of A
 

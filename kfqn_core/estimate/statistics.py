@@ -10,6 +10,7 @@ Derived in chapters 8 and 9.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -75,13 +76,20 @@ class Use:
         return 0.0 if self.x is None else self.each * self.x.shape[0]
 
 
-def thin(uses: Sequence[Use], vectors: int) -> None:
-    """Keep every k-th sample of all uses taken together, with the smallest k that leaves at most `vectors` inputs.
+def thin(uses: Sequence[Use], *, vectors: float = math.inf, entries: float = math.inf) -> None:
+    """Keep every k-th sample of all uses taken together, with a k that leaves about so many inputs.
 
     At least one sample stays. What is kept is a copy, so that the rest can be freed.
+
+    Args:
+        uses: changed in place.
+        vectors: how many input vectors are to be left, at most about.
+        entries: how many numbers, as the layer gets them (where patches overlap, fewer than those of the vectors).
     """
-    kept = sum(use.x.shape[0] * use.T for use in uses if use.x is not None)
-    every = -(-kept // vectors)
+    known = [use for use in uses if use.x is not None]
+    kept_vectors = sum(use.x.shape[0] * use.T for use in known if use.x is not None)
+    kept_entries = sum(use.x.numel() for use in known if use.x is not None)
+    every = max(math.ceil(kept_vectors / vectors), math.ceil(kept_entries / entries))
     if every <= 1:
         return
     first = 0  # of this use's samples, the first to be kept: the stride runs on over the uses

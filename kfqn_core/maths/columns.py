@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 LARGE = 2**16  # entries of a product that a processor's nearest cache does not hold
 
 

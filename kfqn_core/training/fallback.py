@@ -28,7 +28,7 @@ class Fallback:
 
     def adopt(self, p: nn.Parameter, device: torch.device | None = None) -> None:
         """Allocate the state of a parameter, or let what there is follow it to its device (or `device`) and dtype."""
-        if p not in self.state:
+        if p not in self.state or any(value.is_meta for value in self.state[p].values()):
             device = device or p.device
             names = ("exp_avg", "exp_avg_sq") if self.by_adam else ("M",)
             moments = {name: torch.zeros_like(p, requires_grad=False, device=device) for name in names}
@@ -62,6 +62,7 @@ class Fallback:
 
     def _move_by_adam(self, params: list[nn.Parameter], settings: Mapping[str, Any], finite: Tensor) -> None:
         decay, rate = settings["weight_decay"], fallback_rate(settings)
+        rate = rate.reshape(()) if isinstance(rate, Tensor) else rate
         if settings["decoupled_weight_decay"] and decay:
             torch._foreach_mul_(list[Tensor](params), 1.0 - finite.to(torch.float32) * (rate * decay))
             decay = 0.0

@@ -38,23 +38,22 @@ def all_finite(
         assert p.grad is not None
         grad = torch.view_as_real(p.grad) if p.grad.is_complex() else p.grad
         gradients.setdefault((grad.device, grad.dtype), []).append(grad)
-    found = [] if found_inf is None else [found_inf.reshape(()).to(device)]
-    for (where, _), of in gradients.items():
-        # GradScaler's own operation: it multiplies all by one number and notes what is not finite, without a norm that
-        # could overflow.
-        inverse = (
-            torch.ones((), device=where) if grad_scale is None else grad_scale.to(where).double().reciprocal().float()
-        )
-        bad = torch.zeros((), device=where)
-        torch._amp_foreach_non_finite_check_and_unscale_(of, bad, inverse)
-        found.append(bad.to(device))
+    flags = [] if found_inf is None else [(found_inf == 0).all().to(device)]
+    for (where, dtype), of in gradients.items():
+        if grad_scale is not None:  # by GradScaler's own operation
+            inverse = grad_scale.to(where).double().reciprocal().float()
+            torch._amp_foreach_non_finite_check_and_unscale_(of, torch.zeros((), device=where), inverse)
+        # Of half precision in float32, whose squares do not overflow. Where those of float32 do, no direction would be
+        # finite either.
+        norms = torch._foreach_norm(of, 2, dtype=torch.promote_types(dtype, torch.float32))
+        flags.append((torch.stack(norms) < torch.inf).all().to(device))
     if isinstance(loss, Tensor):
-        found.append((~torch.isfinite(loss.detach())).any().float().to(device))
+        flags.append(torch.isfinite(loss.detach()).all().to(device))
     elif isinstance(loss, float):
-        found.append(torch.full((), float(not math.isfinite(loss)), device=device))
-    if not found:
+        flags.append(torch.full((), math.isfinite(loss), device=device))
+    if not flags:
         return torch.ones((), dtype=torch.bool, device=device)
-    return (found[0] if len(found) == 1 else torch.stack(found).sum()) == 0
+    return flags[0] if len(flags) == 1 else torch.stack(flags).all()
 
 
 class Skips:
@@ -68,6 +67,13 @@ class Skips:
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)
         self._answer: Answer | None = None
         self._said = False
+
+    def follow(self, device: torch.device) -> None:
+        """Go where the parameters have gone."""
+        if self.counts.device != device:
+            self.counts = (
+                torch.zeros(2, dtype=torch.int64, device=device) if self.counts.is_meta else self.counts.to(device)
+            )
 
     def count(self, finite: Tensor) -> None:
         """A step is taken where `finite` holds."""

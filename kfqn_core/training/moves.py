@@ -69,7 +69,7 @@ class Moves:
                 kinds.setdefault((group.M.W.dtype, group.M.W.device), []).append((group, indices))
         for (dtype, device), members in kinds.items():
             taken = finite.to(device, dtype)
-            rates = {i: taken * settings[i]["lr"] for i in {i for _, indices in members for i in indices}}
+            rates = {i: (taken * settings[i]["lr"]).reshape(()) for i in {i for _, indices in members for i in indices}}
             for i, rate in rates.items():
                 self._decay(i, rate, members, settings[i])
             self._move(members, rates)

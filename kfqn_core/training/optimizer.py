@@ -27,23 +27,16 @@ from kfqn_core.training.plan import Plan
 from kfqn_core.training.report import judge_coverage, say_unseen, summary
 from kfqn_core.training.warm_start import warm_start
 
-OWN = tuple(
-    "_options _model _whole _ranks fallback plan _refused _pairs _skips _steps _warm_started _names _removed".split()
-)
+OWN = ("_options", "_model", "_whole", "_ranks", "fallback", "plan", "_refused", "_pairs", "_skips", "_steps",
+       "_warm_started", "_names", "_removed")  # fmt: skip
 
 
 class KFQN(torch.optim.Optimizer):
     """Kronecker-factored quasi-Newton for the layers of a model that are `h = W a`, and Adam for the rest.
 
     By default it is used as Adam is: `loss.backward(); optimizer.step()`. With `pairs="second_pass"`, the papers'
-    method, `step` takes a closure as `torch.optim.LBFGS` does, and evaluates it twice on the same mini-batch:
-
-        def closure():
-            optimizer.zero_grad()
-            loss = loss_fn(model(x), y)     # a mean over the samples of the mini-batch
-            loss.backward()
-            return loss
-        optimizer.step(closure)
+    method, `step` takes a closure as `torch.optim.LBFGS` does, one that zeroes gradients, computes the loss, calls
+    backward and returns the loss, and evaluates it twice on the same mini-batch.
 
     Args:
         model: whose layers are observed; `describe(model)` says which get factors.
@@ -77,7 +70,6 @@ class KFQN(torch.optim.Optimizer):
     watched layer, and statistics are averaged over ranks as gradients are.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler hands over `grad_scale` and `found_inf`, as tensors
     _device: torch.device | None = None  # of the state, if not that of the parameters
 
     def __init__(
@@ -89,7 +81,7 @@ class KFQN(torch.optim.Optimizer):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
-        fallback_lr: float | Tensor = 0.003,
+        fallback_lr: float | Tensor = 0.01,
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
         process_group: Any = None,
@@ -120,6 +112,11 @@ class KFQN(torch.optim.Optimizer):
         return {name: Layer(group, i) for name, (group, i) in self.plan.places.items()}
 
     @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler hands over its scale: the gradients in the pairs are as backward left them."""
+        return self._options.pairs is not None
+
+    @property
     def skipped_steps(self) -> int:
         """Steps so far whose loss or gradient was not finite. Reading it waits for the device."""
         return int(self._skips.counts[0])
@@ -142,7 +139,7 @@ class KFQN(torch.optim.Optimizer):
         if not merged["curvature"] and "lr" not in param_group:
             merged["lr"] = merged["fallback_lr"]
         check_group(merged)
-        super().add_param_group({**merged, "base_lr": float(merged["lr"])})
+        super().add_param_group({**merged, "base_lr": float(merged["lr"]), **dict.fromkeys(checkpoint.COUNTERS, 0)})
 
     def warm_start(self, batches: Iterable[Any]) -> None:
         """Estimate every `A` from `batches` before the first step, as the 2020 method does over the whole training set.
@@ -165,8 +162,6 @@ class KFQN(torch.optim.Optimizer):
         with self._no_autocast():
             warm_start(self._model, self.plan, self._ranks, batches)
         self._warm_started = True
-
-    # -- the step
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -225,6 +220,7 @@ class KFQN(torch.optim.Optimizer):
         for old, new in follow(self._model, self.param_groups, self._names, whole=self._whole):
             self.fallback.replace(old, new)
         self._make_plan()
+        self._skips.follow(self._device or self._params()[0].device)
         return True
 
     def _leave_unseen(self, records: dict[str, Record]) -> None:
@@ -253,9 +249,7 @@ class KFQN(torch.optim.Optimizer):
 
     def _no_autocast(self) -> torch.autocast:
         """Curvature needs its digits, also where a user's whole training step stands under autocast."""
-        return torch.autocast(self._skips.counts.device.type, enabled=False)
-
-    # -- torch.optim
+        return torch.autocast(self.plan.device_type, enabled=False)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As `torch.optim.Optimizer.zero_grad`; what was seen of passes not stepped on is forgotten with them."""
@@ -280,9 +274,10 @@ class KFQN(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict`, with counters in the groups; loads under `weights_only=True`."""
-        packed = super().state_dict()
         counters = dict(zip(checkpoint.COUNTERS, (self._steps, self.skipped_steps, self._warm_started), strict=True))
-        return {**packed, "param_groups": [{**group, **counters} for group in packed["param_groups"]]}
+        for group in self.param_groups:
+            group.update(counters)
+        return super().state_dict()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -297,5 +292,5 @@ class KFQN(torch.optim.Optimizer):
         super().load_state_dict({"state": {}, "param_groups": groups})
         checkpoint.load(self.plan, self.fallback, saved)
         self._steps, skipped, self._warm_started = counters
-        self._skips.counts.copy_(torch.tensor([skipped, 0]))
+        self._skips.counts.copy_(torch.tensor([skipped, 0], device="cpu"))
         self.plan.watch_all()  # the first pass also tells which ranks there are

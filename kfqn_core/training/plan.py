@@ -81,9 +81,8 @@ class Plan:
             (Group(alike, key[-3], key[-2], ranks, device), key[-1])
             for key, layers_of_key in members.items() for alike in _pieces(layers_of_key)
         ]  # fmt: skip
-        self.places = {
-            layer.name: (group, i) for group, _ in self.groups for i, layer in enumerate(group.layers)
-        }  # fmt: skip
+        places = {layer.name: (group, i) for group, _ in self.groups for i, layer in enumerate(group.layers)}
+        self.places = {name: places[name] for name in layers}  # in the order of the model
         covered = {id(p) for layer in layers.values() for p in layer.parameters}
         self.rest = [[p for p in group["params"] if p.requires_grad and id(p) not in covered] for group in param_groups]
         for p in (p for params in self.rest for p in params):
@@ -130,14 +129,15 @@ class Plan:
                 continue
             old, j = last.places[name]
             weight, bias = old.state(j)
-            if (old.kind, old.layers[j].view.d_in) == (group.kind, group.layers[i].view.d_in):
+            alike = (old.kind, old.size[1:]) == (group.kind, group.size[1:])
+            if alike and weight["M"].shape == group.layers[i].weight.shape and not old.started.is_meta:
                 group.load(i, weight, bias)
                 if j not in old.unsettled:
                     group.unsettled.discard(i)
                 continue
             self.new.add(name)
             for side, (own, saved) in enumerate(zip(group.state(i), (weight, bias), strict=True)):
-                if "M" in own and "M" in saved and own["M"].shape == saved["M"].shape:
+                if "M" in own and "M" in saved and own["M"].shape == saved["M"].shape and not saved["M"].is_meta:
                     group.load_momentum(i, side, saved["M"])
 
     def unseen(self, records: Mapping[str, Record]) -> list[str]:
@@ -202,6 +202,11 @@ class Plan:
         groups: list[Any] = [(len(group["params"]), group["curvature"]) for group in param_groups]
         loose = [p.requires_grad for group in param_groups for p in group["params"]]
         return params + children, flags + groups + loose
+
+    @property
+    def device_type(self) -> str:
+        """Of the layers' state."""
+        return self.groups[0][0].started.device.type if self.groups else "cpu"
 
     @property
     def layer_groups(self) -> list[Group]:

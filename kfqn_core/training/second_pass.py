@@ -29,20 +29,23 @@ class SecondPass:
     def __init__(self, model: nn.Module, params: Sequence[nn.Parameter]):
         self._model = model
         self._leaves: dict[int, Tensor] = {id(p): p for p in (*params, *model.parameters())}
+        self._inputs: dict[int, Tensor] = {}  # that the user wants gradients of: they stay as they are
         self._devices = cuda_devices(params)
         self._randomness = RandomState.now(self._devices)
 
     def protect(self, loss: Any) -> None:
         """Leave alone, too, what else the first evaluation gave gradients to: it may train more than `model`."""
-        if isinstance(loss, Tensor):
-            self._leaves.update({id(leaf): leaf for leaf in leaves_of(loss)})
+        for leaf in leaves_of(loss) if isinstance(loss, Tensor) else ():
+            (self._leaves if isinstance(leaf, nn.Parameter) else self._inputs)[id(leaf)] = leaf
 
     def evaluate(self, closure: Callable[[], Any]) -> None:
         """Run `closure` with the random numbers of the first evaluation and all parameters frozen."""
-        leaves = [leaf for leaf in self._leaves.values() if leaf.requires_grad]
+        frozen = [leaf for leaf in self._leaves.values() if leaf.requires_grad]
+        leaves = [*frozen, *self._inputs.values()]
         grads = [leaf.grad for leaf in leaves]
-        for leaf, grad in zip(leaves, grads, strict=True):
+        for leaf in frozen:
             leaf.requires_grad_(False)
+        for leaf, grad in zip(leaves, grads, strict=True):
             leaf.grad = None if grad is None else grad.clone()  # the closure may look at it, clip it, or zero it
         try:
             with restored(self._model, self._devices), _other_buffers_restored():
@@ -50,8 +53,9 @@ class SecondPass:
                 with torch.enable_grad():
                     closure()
         finally:
-            for leaf, grad in zip(leaves, grads, strict=True):
+            for leaf in frozen:
                 leaf.requires_grad_(True)
+            for leaf, grad in zip(leaves, grads, strict=True):
                 leaf.grad = grad
 
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-ADAM = {"lr": 0.003, "betas": (0.9, 0.99), "eps": 1e-8}  # what the fallback is, unless a user says otherwise
+ADAM = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8}  # what the fallback is, unless a user says otherwise
 
 
 def inverse_of(x: Tensor, damping: float = 0.03, *, bias: bool = True) -> Tensor:

@@ -404,10 +404,10 @@ def test_a_sparse_gradient_is_one_sentence_before_anything_moves(make):
     torch.manual_seed(0)
     model = make()
     before, x = values(model), torch.arange(12).view(4, 3) % 10
-    with heard(), pytest.raises((RuntimeError, TypeError, ValueError), match="sparse"):
+    with heard():
         optimizer = KFQN(model)
-        h = model(x)
-        h.square().mean().backward()
+    model(x).square().mean().backward()
+    with pytest.raises(RuntimeError, match="sparse gradient"):
         optimizer.step()
     assert len(still(model, before)) == len(before)
 

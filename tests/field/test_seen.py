@@ -495,11 +495,11 @@ def test_a_backbone_in_evaluation_mode_under_a_head_in_training_mode():
     for net in (model, same):
         optimizer = KFQN(net)
         if net is same:  # what evaluation mode computes, written out
-            norm = net["body"][1]
-            scale = lambda h, norm=norm: functional.batch_norm(
-                h, norm.running_mean, norm.running_var, norm.weight, norm.bias
-            )  # noqa: E731
-            run = lambda net=net, scale=scale: net["head"](scale(net["body"][0](x))).square().mean()  # noqa: E731
+            layer, norm = net["body"]
+            settings = norm.running_mean, norm.running_var, norm.weight, norm.bias
+            run = lambda net=net, layer=layer, settings=settings: (  # noqa: E731
+                net["head"](functional.batch_norm(layer(x), *settings)).square().mean()
+            )
         else:
             run = lambda net=net: net["head"](net["body"](x)).square().mean()  # noqa: E731
         with silence():

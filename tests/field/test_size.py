@@ -33,7 +33,7 @@ def lora():
 def convnext():
     return nn.ModuleList([
         nn.Sequential(
-            nn.Conv2d(64, 64, 7, groups=64), nn.GroupNorm(1, 64), nn.Conv2d(64, 256, 1), nn.GELU(), nn.Conv2d(256, 64, 1)
+            nn.Conv2d(64, 64, 7, groups=64), nn.GroupNorm(1, 64), nn.Conv2d(64, 256, 1), nn.Conv2d(256, 64, 1)
         )
         for _ in range(2)
     ])  # fmt: skip

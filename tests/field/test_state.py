@@ -133,7 +133,8 @@ def test_a_state_of_something_else_is_refused_and_nothing_changes():
     kept = copy.deepcopy(optimizer.state_dict())
     others = [
         torch.optim.Adam(model.parameters()).state_dict(), KFQN(mlp(5, 8, 3)).state_dict(),
-        KFQN(network(), pairs="next_batch").state_dict(), {}, KFQN(network(), activation_factor="diagonal").state_dict(),
+        KFQN(network(), pairs="next_batch").state_dict(),
+        KFQN(network(), activation_factor="diagonal").state_dict(), {},
     ]  # fmt: skip
     for other in others:
         with pytest.raises(ValueError):  # noqa: PT011 - whatever it says
@@ -304,24 +305,6 @@ def test_a_model_is_traced_and_exported_while_its_optimizer_lives_and_scripted_a
     optimizer.remove_hooks()
     others.append(torch.jit.script(model))
     assert all(error(other(x), others[-1](x)) < 1e-6 or error(other(x), expected) < 1e-6 for other in others)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
-def test_a_copy_of_a_model_is_scripted(how):
-    model = mlp(5, 8, 3)
-    optimizer = KFQN(model)
-    if how == "deepcopy":
-        twin = copy.deepcopy(model)
-    elif how == "pickle":
-        twin = pickle.loads(pickle.dumps(model))
-    else:
-        file = io.BytesIO()
-        torch.save(model, file)
-        file.seek(0)
-        twin = torch.load(file, weights_only=False)
-    del optimizer
-    assert error(torch.jit.script(twin)(x), model(x)) < 1e-6
 
 
 def test_another_default_device():
