@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test book chapters budgets site lab student bench bench-full bench-gpu lint format lock clean
+.PHONY: help setup test frameworks book chapters budgets site lab student bench bench-full bench-gpu lint format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,10 @@ lab: setup ## open JupyterLab; the chapters open as notebooks
 
 student: setup ## notebooks without solutions, out/student; the course they belong to, out/course
 	$(BIN)/python -m tools.student
+
+FRAMEWORKS ?= $(BIN)/python
+frameworks: setup ## other people's models and trainers (transformers, Lightning, ...), those that FRAMEWORKS=python has
+	PYTHONPATH=. $(FRAMEWORKS) -m pytest -q -rs -p no:cacheprovider tests/frameworks
 
 bench: setup ## does a short benchmark order the methods as the committed results do? (15 minutes)
 	$(BIN)/python -m benchmarks check

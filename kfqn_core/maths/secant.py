@@ -60,12 +60,12 @@ def bfgs_inverse_update_(H: Tensor, s: Tensor, y: Tensor, keep: Tensor) -> None:
     pair = torch.stack(_rank_two(Hy, s, y))  # [2, ..., n]
     # Lengths by the largest entry, as squares may overflow where H+ does not. With l = 0 there is nothing to add: it
     # gives NaN, and nothing is added.
-    roots = pair.abs().amax(-1, keepdim=True).sqrt_()
+    roots = torch.linalg.vector_norm(pair, torch.inf, dim=-1, keepdim=True).sqrt_()
     left, right = pair * (roots.flip(0) / roots)
     squared = torch.stack([left + right, left - right]).mul_(math.sqrt(0.5))  # [2, ..., n]: p, q
     # No entry of a positive definite matrix exceeds its trace, and none of p p^T the square of p's largest entry:
     # whether H+ is finite is known without looking at it. (No comparison holds for NaN.)
-    largest = squared.abs().amax((0, -1)).square_()  # [...]
+    largest = torch.linalg.vector_norm(squared, torch.inf, dim=(0, -1)).square_()  # [...]
     keep = (keep & (2 * largest + trace < torch.inf)).unsqueeze(-1)
     p, q = torch.where(keep, squared, 0.0).unsqueeze(-1)  # [..., n, 1] each
     H.addcmul_(p, p.mT)

@@ -97,10 +97,6 @@ def test_trains_under_every_setting(tmp_path, settings):
     assert all(layer.started for layer in optimizer.layers.values())
 
 
-@pytest.mark.xfail(
-    raises=RuntimeError, strict=True,
-    reason="KFQN says _step_supports_amp_scaling, so that Lightning takes it for a fused optimizer and does not clip",
-)  # fmt: skip
 def test_clipping_under_mixed_precision(tmp_path):
     """As with Adam. Lightning asks `_step_supports_amp_scaling`, scaler or not, before it clips."""
     module = made()

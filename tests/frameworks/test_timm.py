@@ -32,7 +32,7 @@ MODELS = {
             timm.create_model, "vit_tiny_patch16_224", num_classes=10, img_size=32, patch_size=8, embed_dim=64,
             depth=2, num_heads=4,
         ),
-        0.9, (2.5, 0.6),
+        0.9, (3.0, 0.6),
     ),
     "MLP-Mixer": (
         partial(MlpMixer, num_classes=10, img_size=32, patch_size=8, num_blocks=2, embed_dim=64),

@@ -20,12 +20,12 @@ STEPS = 80
 # behind: GPT-2 and BERT move their tied embedding by Adam at fallback_lr, which decides there; and on images a constant
 # rate stays away from what Adam reaches, most where there is white noise, which the patch embedding's H_a amplifies.
 BOUNDS = {
-    "GPT-2": (1.2, 0.95),
+    "GPT-2": (0.8, 0.75),
     "Llama": (0.9, 0.8),
-    "BERT": (1.1, 1.05),
-    "T5": (1.0, 0.9),
+    "BERT": (1.05, 0.95),
+    "T5": (0.7, 0.65),
     "ViT": (8.0, 1.2),
-    "ViT, noisy images": (6.0, 1.1),
+    "ViT, noisy images": (6.0, 1.5),
     "Mixtral": (0.8, 0.7),
 }
 COVERED = {"GPT-2": 0.9, "Llama": 0.99, "BERT": 0.85, "T5": 0.9, "ViT": 0.95, "ViT, noisy images": 0.95, "Mixtral": 0.7}
