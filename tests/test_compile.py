@@ -11,6 +11,10 @@ from kfqn_core.estimate.statistics import Record, Use
 from tests.test_optimizer import METHODS, error, snapshot, train
 
 # The tracer and the functionalised graph, without a C++ compiler: what is proved is that nothing breaks the graph.
+# Tried with 2.6.0 and 2.13.0, and nothing between.
+pytestmark = pytest.mark.skipif(
+    torch.__version__ < "2.7", reason="in a compiled model of torch 2.6 the hooks see no inputs: use a newer torch"
+)
 COMPILE = {"fullgraph": True, "backend": "aot_eager", "dynamic": False}
 
 
