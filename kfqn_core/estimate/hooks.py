@@ -345,13 +345,10 @@ class _Saved:
 
     def __init__(self, x: Tensor):
         # In older versions of torch a node alone does not keep what it has saved: its output does.
-        self._output = _Save.apply(x, _LEAF)
+        self._output = _Save.apply(x, torch.empty(0, requires_grad=True, device="cpu"))
 
     def __call__(self) -> Tensor:
         return self._output.grad_fn.saved_tensors[0]
-
-
-_LEAF = torch.empty(0, requires_grad=True, device="cpu")
 
 
 class _Save(torch.autograd.Function):
