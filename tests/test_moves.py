@@ -167,3 +167,18 @@ def test_a_rate_may_be_any_tensor_with_one_number(rate, decay):
             optimizer.step()
         models.append(nn.utils.parameters_to_vector(model.parameters()))
     assert error(*models) < 1e-6  # float32 roundings
+
+
+def test_a_group_of_parameters_none_of_which_has_a_gradient_does_not_decay():
+    """Biases with a decay of their own, in a step that reaches the weights alone."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    biases = [layer.bias for layer in (model[0], model[2])]
+    groups = [{"params": [model[0].weight, model[2].weight]}, {"params": biases, "weight_decay": 0.5}]
+    optimizer = KFQN(model, lr=0.1, params=groups)
+    before = [p.detach().clone() for p in model.parameters()]
+    model(torch.randn(5, 3).double()).square().mean().backward()
+    for bias in biases:
+        bias.grad = None
+    optimizer.step()
+    moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
+    assert moved == [True, False, True, False]

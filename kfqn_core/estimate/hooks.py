@@ -131,12 +131,8 @@ class Watch:
         self._register()
 
     def _register(self) -> None:
-        self.watching, self.noticed, self.mode, self.error = (
-            True,
-            False,
-            "gradient",
-            "",
-        )  # the first pass also tells which ranks there are
+        self.watching, self.noticed = True, False  # the first pass also tells which ranks there are
+        self.mode, self.error = "gradient", ""
         self.clear()
         self._weight = self._module.get_parameter(self.part.weight)
         if Watch.observe_eagerly is None:

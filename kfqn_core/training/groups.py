@@ -322,7 +322,6 @@ class Layer:
     Attributes:
         name, view, weight, bias: of the layer.
         activation, gradient: its factors, views of those of its group; `gradient` is None where `H_g` is the identity.
-        T: locations per sample, as last seen.
     """
 
     def __init__(self, group: Group, i: int):

@@ -100,7 +100,8 @@ class Moves:
                 p for group, indices in members for side in (0, 1) if indices[side] == index
                 for _, p in _moving(group, side)
             ]  # fmt: skip
-            torch._foreach_mul_(shrinking, 1.0 - rate * of["weight_decay"])
+            if shrinking:  # of a group of biases, for instance, none may have a gradient
+                torch._foreach_mul_(shrinking, 1.0 - rate * of["weight_decay"])
 
 
 def _flattened(members: list[tuple[Group, int]]) -> Tensor:

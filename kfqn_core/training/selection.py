@@ -143,12 +143,6 @@ def shape_key(layer: Selected) -> tuple[Any, ...]:
     return view.groups, view.d_out, view.d_in, view.has_bias, weight.dtype, weight.device
 
 
-def coverage(layers: Sequence[Selected], parameters: Sequence[Tensor]) -> float:
-    """The share of the numbers in `parameters` that have curvature."""
-    covered = sum(p.numel() for layer in layers for p in layer.parameters)
-    return covered / max(1, sum(p.numel() for p in parameters))
-
-
 def dtype_of_factors(weight: Tensor) -> torch.dtype:
     """That of the weight, in float32 at least."""
     return torch.promote_types(weight.dtype, torch.float32)
