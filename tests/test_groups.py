@@ -8,6 +8,7 @@ from torch import nn
 
 from kfqn_core import KFQN
 from kfqn_core.estimate.statistics import Record, Use
+from kfqn_core.training.groups import update
 from tests.test_optimizer import METHODS, error, snapshot, train
 
 F64 = torch.float64
@@ -157,9 +158,9 @@ def test_an_update_reaches_the_layers_that_were_seen_and_are_started(factors):
     before = {name: look(optimizer)[name][2] for name in optimizer.layers}
     records = seen_of(model, optimizer, 0, poisoned=("1",))
     del records["2"]
-    group.update(group.batch(records), torch.tensor(False))
+    update({group: group.batch(records)}, torch.tensor(False))
     assert all(torch.equal(look(optimizer)[name][2], H) for name, H in before.items())
-    group.update(group.batch(records), torch.tensor(True))
+    update({group: group.batch(records)}, torch.tensor(True))
     changed = [not torch.equal(look(optimizer)[name][2], H) for name, H in before.items()]
     # An average that is kept is looked at in `observe`, so that the inverse of it is the same.
     assert changed == [factors != "inverse", False, False]

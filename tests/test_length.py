@@ -31,7 +31,8 @@ def directions(sizes=SIZES, dtype=F64):
 def steps(Ds, step_length, sizes=SIZES):
     """Every direction over what it is divided by, layer by layer."""
     lengths = Lengths(sizes, Ds[0])
-    divisors = lengths.by_group(lengths.divisors(Ds, step_length))
+    norms = torch.cat([D.norm(dim=-1).view(-1) for D in Ds])
+    divisors = lengths.by_group(lengths.divisors(norms, step_length))
     return [
         part for D, divisor, (L, *_) in zip(Ds, divisors, sizes, strict=True) for part in (D / divisor).chunk(L)
     ]  # fmt: skip

@@ -6,14 +6,16 @@ form has a room of its own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from kfqn_core.estimate.inverses import DenseInverse, acceptable, positive_inverse
+from kfqn_core.estimate.inverses import DenseInverse, append_together, positive_inverse
 from kfqn_core.estimate.statistics import Statistics
 from kfqn_core.maths.columns import Columns
+from kfqn_core.maths.secant import times
 
 EVERYWHERE = torch.tensor(True)
 DECAY = 0.9  # weight of the past in the running averages of the forms that keep less than a matrix
@@ -61,8 +63,8 @@ class Activation(Protocol):
     def update(self, statistics: Statistics, where: Tensor = EVERYWHERE, decay: float = DECAY) -> None:
         """One update, where `where` holds and the result is finite; `decay` weighs the past of a running form."""
 
-    def precondition(self, M: Columns) -> Tensor:
-        """`M H_a`, `[B, d_out, d_in]`."""
+    def precondition(self, M: Columns, *, out: Tensor | None = None) -> Tensor:
+        """`M H_a`, `[B, d_out, d_in]`, written to `out` if it is given."""
 
 
 class ActivationFactor:
@@ -129,9 +131,9 @@ class ActivationFactor:
         H.copy_(torch.where(matrices, positive_inverse(A, _vector(self.damping)), H))
         return where
 
-    def precondition(self, M: Columns) -> Tensor:
+    def precondition(self, M: Columns, *, out: Tensor | None = None) -> Tensor:
         """`M H_a`, one product of matrices."""
-        return M.times(self.inverse.H)
+        return M.times(self.inverse.H, out=out)
 
     def average(self, statistics: Statistics, where: Tensor = EVERYWHERE) -> None:
         """`A <- decay A + (1 - decay) A_batch` where `where` `[B]` holds.
@@ -148,14 +150,29 @@ class ActivationFactor:
         """`s = H_a abar`, `y = (A + lambda_A I) s` and abar, `[B, d_in]` each."""
         H = self.inverse.H
         a_mean = statistics.mean_input().to(H.dtype)
-        s = torch.bmm(H, a_mean.unsqueeze(-1)).squeeze(-1)
-        action = statistics.activation_action(s) if self.A is None else torch.bmm(self.A, s.unsqueeze(-1)).squeeze(-1)
-        return s, action.to(H.dtype) + self.damping * s, a_mean
+        s = times(H, a_mean)
+        action = statistics.activation_action(s).to(H.dtype) if self.A is None else times(self.A, s)
+        damped = action + self.damping * s if isinstance(self.damping, Tensor) else action.add(s, alpha=self.damping)
+        return s, damped, a_mean
 
     def update(self, statistics: Statistics, where: Tensor = EVERYWHERE, decay: float = DECAY) -> None:
         """One BFGS update with `pair`, where `where` `[B]` holds and the pair is `acceptable`."""
-        s, y, a_mean = self.pair(statistics)
-        self.inverse.append(s, y, acceptable(s, y, a_mean) & where)
+        update_together([self], [statistics], [where])
+
+
+def update_together(
+    factors: Sequence[Activation], statistics: Sequence[Statistics], where: Sequence[Tensor]
+) -> None:
+    """`update` of the factors of several groups of layers; pairs of all that have one are taken in together."""
+    pairs, inverses, keep = [], [], []
+    for factor, batch, own in zip(factors, statistics, where, strict=True):
+        if type(factor) is ActivationFactor:
+            pairs.append(factor.pair(batch))
+            inverses.append(factor.inverse)
+            keep.append(own.expand(len(factor.H)))
+        else:
+            factor.update(batch, own)
+    append_together(inverses, pairs, keep)
 
 
 class ExactActivationFactor(ActivationFactor):
@@ -225,9 +242,9 @@ class DiagonalActivationFactor:
         self.d.lerp_(torch.where(where.reshape(-1, 1), d, self.d), 1.0 - decay)
         return where
 
-    def precondition(self, M: Columns) -> Tensor:
+    def precondition(self, M: Columns, *, out: Tensor | None = None) -> Tensor:
         """`M H_a`, entry by entry."""
-        return M.scaled(self.e)
+        return M.scaled(self.e, out=out)
 
 
 def _vector(damping: float | Tensor) -> float | Tensor:

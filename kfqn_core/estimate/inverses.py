@@ -7,10 +7,20 @@ is a tensor too: a refused pair changes nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from kfqn_core.maths.secant import LimitedMemoryInverse, bfgs_inverse_update_
+from kfqn_core.maths.secant import (
+    LimitedMemoryInverse,
+    add_squares_,
+    bfgs_inverse_update_,
+    inner_products,
+    times,
+    trace,
+    two_squares,
+)
 
 CURVATURE_TEST = 1e-4
 """A pair is used only if `s'y > 1e-4 ||s||^2 ||v||` (the authors' public code of 2020)."""
@@ -26,8 +36,11 @@ def acceptable(s: Tensor, y: Tensor, v: Tensor) -> Tensor:
     Returns:
         Boolean `[...]`. False for anything that is not finite: a comparison with NaN is false.
     """
-    sy, ss = torch.linalg.vecdot(s, y), torch.linalg.vecdot(s, s)
-    return (sy > CURVATURE_TEST * ss * torch.linalg.vector_norm(v, dim=-1)) & (sy < torch.inf)
+    return _acceptable(torch.linalg.vecdot(s, y), torch.linalg.vecdot(s, s), torch.linalg.vector_norm(v, dim=-1))
+
+
+def _acceptable(sy: Tensor, ss: Tensor, length_v: Tensor) -> Tensor:
+    return (sy > CURVATURE_TEST * ss * length_v) & (sy < torch.inf)
 
 
 class DenseInverse:
@@ -55,6 +68,31 @@ class DenseInverse:
 
 
 Inverse = DenseInverse | LimitedMemoryInverse
+
+
+def append_together(
+    inverses: Sequence[DenseInverse], pairs: Sequence[tuple[Tensor, Tensor, Tensor]], keep: Sequence[Tensor]
+) -> None:
+    """`append` to estimates of several sizes, of what is `acceptable`: what concerns numbers alone is done once.
+
+    Args:
+        inverses: with `B` matrices each, on one device and of one dtype.
+        pairs: for each of them `s`, `y` and `v`, `[B, size]`.
+        keep: for each of them bool `[B]`.
+    """
+    if not inverses:
+        return
+    each = [
+        inner_products(s, times(inverse.H, y), y, v) for inverse, (s, y, v) in zip(inverses, pairs, strict=True)
+    ]
+    products = torch.cat([of_pairs for _, of_pairs in each])  # [sum of B, 4, 4]
+    traces = torch.cat([trace(inverse.H) for inverse in inverses])
+    C, largest = two_squares(products, traces.dtype)
+    fits = 2 * largest + traces < torch.finfo(traces.dtype).max
+    good = _acceptable(products[:, 0, 2], products[:, 0, 0], products[:, 3, 3].sqrt()) & fits & torch.cat(list(keep))
+    sizes = [len(inverse.H) for inverse in inverses]
+    for inverse, (V, _), own_C, own in zip(inverses, each, C.split(sizes), good.split(sizes), strict=True):
+        add_squares_(inverse.H, V, own_C, own)
 
 
 def positive_inverse(A: Tensor, damping: float | Tensor) -> Tensor:

@@ -117,9 +117,10 @@ class LowRankActivationFactor:
         self._invert(where)
         return where
 
-    def precondition(self, M: Columns) -> Tensor:
+    def precondition(self, M: Columns, *, out: Tensor | None = None) -> Tensor:
         """`M H_a = M diag(e) - (M B) B^T`, two products with a thin matrix; `[groups, d_out, d_in]`."""
-        return M.scaled(self.e).baddbmm_(M.times(self.B), self.B.mT, alpha=-1)
+        joined = Columns(M.joined(), None)
+        return joined.scaled(self.e, out=out).baddbmm_(joined.times(self.B), self.B.mT, alpha=-1)
 
     def _basis(self) -> Tensor:
         """An orthonormal basis of the columns of `F`, completed by waves where `F` has fewer than `rank` directions.

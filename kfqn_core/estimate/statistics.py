@@ -234,8 +234,7 @@ class Batch:
     def mean_input(self) -> Tensor:
         """abar, `[B, d_in]`."""
         if self._rows is not None:
-            mean = self._rows.mean(1)  # [L, R, d] -> [L, d]
-            return self._shared(pad(mean, (0, 1), value=1.0) if self._views[0].has_bias else mean)
+            return self._shared(self._with_bias(self._rows.mean(1)))  # [L, R, d] -> [L, d_in]
         return self._side_by_side(lambda record, rows: record.mean_input(), self._views[0].d_in)
 
     def activation_action(self, v: Tensor) -> Tensor:
@@ -252,8 +251,7 @@ class Batch:
     def diagonal(self) -> Tensor:
         """The diagonal of A, `[B, d_in]`."""
         if self._rows is not None:
-            squares = self._rows.square().mean(1)  # [L, R, d] -> [L, d]
-            return self._shared(pad(squares, (0, 1), value=1.0) if self._views[0].has_bias else squares)
+            return self._shared(self._with_bias(self._rows.square().mean(1)))  # [L, R, d] -> [L, d_in]
         return self._side_by_side(lambda record, rows: record.diagonal(), self._views[0].d_in)
 
     def mean_output(self) -> Tensor:
@@ -267,16 +265,22 @@ class Batch:
     @cached_property
     def _rows(self) -> Tensor | None:
         """Inputs of fully connected layers side by side, `[L, R, d]`, where they are alike and a copy is cheap."""
-        if len(self._records) == 1 or not all(isinstance(view, LinearView) for view in self._views):
+        if not all(isinstance(view, LinearView) for view in self._views):
             return None
         uses = [record.uses if record is not None else [] for record in self._records]
         inputs = [of_layer[0].x for of_layer in uses if len(of_layer) == 1 and of_layer[0].x is not None]
         alike = len(inputs) == len(uses) and all(
             x.dim() == 2 and x.shape == inputs[0].shape and x.dtype == inputs[0].dtype for x in inputs
         )
-        if not alike or len(inputs) * inputs[0].numel() > STACKED:
+        if not alike:
             return None
-        return torch.stack(inputs).to(self._like.dtype)
+        if len(inputs) == 1:
+            return inputs[0].unsqueeze(0).to(self._like.dtype)
+        return torch.stack(inputs).to(self._like.dtype) if len(inputs) * inputs[0].numel() <= STACKED else None
+
+    def _with_bias(self, means: Tensor) -> Tensor:
+        """`[L, d]` and a 1 for the bias if there is one."""
+        return pad(means, (0, 1), value=1.0) if self._views[0].has_bias else means
 
     def _side_by_side(self, statistic: Callable[[Record, slice], Tensor], *shape: int) -> Tensor:
         parts = []
@@ -298,12 +302,14 @@ class Batch:
 
 def _action_on_rows(rows: Tensor, v: Tensor, has_bias: bool) -> Tensor:
     """`LinearView.activation_action` for layers side by side: rows `[L, R, d]`, `v` `[L, d_in]` or `[L, d_in, k]`."""
-    V = v.reshape(*v.shape[:2], -1)  # [L, d_in, k]
+    V = v.unsqueeze(-1) if v.dim() == 2 else v  # [L, d_in, k]
     R = rows.shape[1]
     if has_bias:
         scores = torch.baddbmm(V[:, -1:], rows, V[:, :-1], beta=1 / R, alpha=1 / R)  # [L, R, k]
-        return torch.cat([rows.mT @ scores, scores.sum(1, keepdim=True)], dim=1).view(v.shape)
-    return (rows.mT @ (rows @ V / R)).view(v.shape)
+        action = torch.cat([torch.bmm(rows.mT, scores), scores.sum(1, keepdim=True)], dim=1)
+    else:
+        action = torch.bmm(rows.mT, torch.bmm(rows, V) / R)
+    return action.squeeze(-1) if v.dim() == 2 else action
 
 
 def _total(values: Iterable[Tensor]) -> Tensor:

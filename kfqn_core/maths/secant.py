@@ -32,7 +32,7 @@ def bfgs_inverse_update(H: Tensor, s: Tensor, y: Tensor) -> Tensor:
     """
     _check_update(H, s, y)
     H = (H + H.mT) / 2
-    left, right = _rank_two((H @ y.unsqueeze(-1)).squeeze(-1), s, y)
+    left, right = _rank_two(times(H, y), s, y)
     half = left.unsqueeze(-1) * right.unsqueeze(-2)
     return H + (half + half.mT)
 
@@ -40,8 +40,9 @@ def bfgs_inverse_update(H: Tensor, s: Tensor, y: Tensor) -> Tensor:
 def bfgs_inverse_update_(H: Tensor, s: Tensor, y: Tensor, keep: Tensor) -> None:
     """`bfgs_inverse_update` in place: each matrix becomes its `H+` where `keep` holds and `H+` is finite.
 
-    The change of H is a difference of two squares, `p p^T - q q^T`, so that H is read three times and written twice,
-    where the plain form passes ten times over it. A symmetric H stays symmetric **to the last bit**, since `p_i p_j`
+    The change of H is a difference of two squares (`two_squares`), so that H is read three times and written twice,
+    where the plain form passes ten times over it. What the coefficients are follows from a few inner products, and so
+    does whether H+ is finite: nobody looks at it. A symmetric H stays symmetric **to the last bit**, since `p_i p_j`
     is `p_j p_i`. It has to: of an H that is not symmetric `H y` is not the gradient of `y^T H y / 2`, and nothing would
     ever take the difference away.
 
@@ -54,22 +55,73 @@ def bfgs_inverse_update_(H: Tensor, s: Tensor, y: Tensor, keep: Tensor) -> None:
         TypeError, ValueError: for tensors whose dtypes or shapes do not fit together.
     """
     _check_update(H, s, y)
-    Hy = (H @ y.unsqueeze(-1)).squeeze(-1)  # [..., n]
-    trace = H.diagonal(dim1=-2, dim2=-1).sum(-1)  # [...]
-    # l r^T + r l^T = p p^T - q q^T, with l and r brought to the same length, or the difference would lose digits.
-    pair = torch.stack(_rank_two(Hy, s, y))  # [2, ..., n]
-    # Lengths by the largest entry, as squares may overflow where H+ does not. With l = 0 there is nothing to add: it
-    # gives NaN, and nothing is added.
-    roots = torch.linalg.vector_norm(pair, torch.inf, dim=-1, keepdim=True).sqrt_()
-    left, right = pair * (roots.flip(0) / roots)
-    squared = torch.stack([left + right, left - right]).mul_(math.sqrt(0.5))  # [2, ..., n]: p, q
-    # No entry of a positive definite matrix exceeds its trace, and none of p p^T the square of p's largest entry:
-    # whether H+ is finite is known without looking at it. (No comparison holds for NaN.)
-    largest = torch.linalg.vector_norm(squared, torch.inf, dim=(0, -1)).square_()  # [...]
-    keep = (keep & (2 * largest + trace < torch.inf)).unsqueeze(-1)
-    p, q = torch.where(keep, squared, 0.0).unsqueeze(-1)  # [..., n, 1] each
+    V, products = inner_products(s, times(H, y), y)
+    C, largest = two_squares(products, H.dtype)
+    add_squares_(H, V, C, keep & (2 * largest + trace(H) < torch.finfo(H.dtype).max))
+
+
+def inner_products(*vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """k vectors `[..., n]` as the rows of `V` `[..., k, n]`, and `V V^T` `[..., k, k]` in float64.
+
+    In float64 squares of float32 numbers neither overflow nor vanish, and their differences keep float32's digits.
+    """
+    V = torch.stack(vectors, dim=-2)
+    wide = V.to(torch.float32 if V.device.type == "mps" else torch.float64)  # Apple's GPUs have no float64
+    return V, torch.bmm(wide, wide.mT) if V.dim() == 3 else wide @ wide.mT
+
+
+def two_squares(products: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The BFGS update as two squares, `H+ = H + p p^T - q q^T` with `p` and `q` sums of multiples of `s` and `H y`.
+
+    Args:
+        products: `[..., k, k]`, inner products of `s`, `H y`, `y` and perhaps more, in this order.
+        dtype: of the vectors.
+
+    Returns:
+        `C` `[..., 2, 2]` of `dtype`, whose rows hold the multiples for `p` and for `q`; and an upper bound `[...]` of
+        `p_i p_j` and `q_i q_j`. Not finite for `s^T y = 0`.
+    """
+    ss, sHy, sy = products[..., 0, 0], products[..., 0, 1], products[..., 0, 2]  # [...] each
+    HyHy, yHy = products[..., 1, 1], products[..., 1, 2]
+    # H+ = H + l r^T + r l^T with l = c s - H y and r = s / s^T y.
+    c = (1 + yHy / sy) / 2
+    # Below its own rounding errors the square of a length tells nothing: too long is harmless, too short is not.
+    length_l = (c * c * ss - 2 * c * sHy + HyHy).clamp_min(16 * torch.finfo(products.dtype).eps * c * c * ss).sqrt()
+    length_r = ss.sqrt() / sy
+    # l r^T + r l^T = p p^T - q q^T with p, q = (a l +- r / a) / sqrt 2 for every a. This one makes a l as long as r / a,
+    # or the difference would lose digits.
+    a = (length_r / length_l).sqrt()
+    of_s, of_r = a * c, 1 / (a * sy)
+    C = torch.stack([of_s + of_r, -a, of_s - of_r, -a], dim=-1).unflatten(-1, (2, 2)) * math.sqrt(0.5)
+    largest = ((C @ products[..., :2, :2]) * C).sum(-1).amax(-1)  # squared lengths of p and q
+    return C.to(dtype), largest
+
+
+def add_squares_(H: Tensor, V: Tensor, C: Tensor, keep: Tensor) -> None:
+    """`H <- H + p p^T - q q^T` where `keep` `[...]` holds.
+
+    Args:
+        H: `[..., n, n]`.
+        V: `[..., k, n]`, with `s` and `H y` as its first rows; elsewhere than where `keep` holds it may be anything.
+        C: `[..., 2, 2]`, from `two_squares`.
+        keep: bool.
+    """
+    pair = V[..., :2, :]
+    squares = torch.bmm(C, pair) if V.dim() == 3 else C @ pair  # [..., 2, n]
+    p, q = squares.masked_fill_(~keep[..., None, None], 0.0).unsqueeze(-1).unbind(-3)  # [..., n, 1] each
     H.addcmul_(p, p.mT)
     H.addcmul_(q, q.mT, value=-1.0)
+
+
+def times(H: Tensor, v: Tensor) -> Tensor:
+    """`H v` for `H` `[..., n, n]` and `v` `[..., n]`."""
+    column = v.unsqueeze(-1)
+    return (torch.bmm(H, column) if H.dim() == 3 else H @ column).squeeze(-1)
+
+
+def trace(H: Tensor) -> Tensor:
+    """Of matrices `[..., n, n]`. No entry of a positive definite one is larger."""
+    return H.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 class LimitedMemoryInverse:

@@ -20,6 +20,7 @@ from kfqn_core.estimate.activation import (
     ActivationFactor,
     DiagonalActivationFactor,
     ExactActivationFactor,
+    update_together,
 )
 from kfqn_core.estimate.gradient import GradientFactor
 from kfqn_core.estimate.inverses import DenseInverse
@@ -49,6 +50,19 @@ def plain_step(
     M = momentum * M + (1 - momentum) * (G + weight_decay * W)
     D = M @ H_a if H_g is None else H_g @ M @ H_a
     return W - lr * length(D), M
+
+
+def update(batches: Mapping[Group, Batch], finite: Tensor) -> None:
+    """One update of every `H_a`, where `finite` holds, for the layers that were seen and have been started."""
+    alike: dict[Any, list[Group]] = {}
+    for group in batches:
+        alike.setdefault((group.M.W.dtype, group.M.W.device), []).append(group)
+    for groups in alike.values():
+        update_together(
+            [group.activation for group in groups],
+            [batches[group] for group in groups],
+            [group.updating(batches[group], finite) for group in groups],
+        )
 
 
 @dataclass(frozen=True)
@@ -133,10 +147,12 @@ class Group:
         view = self.layers[0].view
         return len(self.layers), view.groups, view.d_out, view.d_in
 
-    def direction(self) -> Tensor:
+    def direction(self, out: Tensor | None = None) -> Tensor:
         """`D = H_g M H_a`, `[B, d_out, d_in]`: the inverse of the Kronecker-factored Hessian applied to `M`."""
-        D = self.activation.precondition(self.M)
-        return D if self.gradient is None else self.gradient.inverse.apply(D)
+        if self.gradient is None:
+            return self.activation.precondition(self.M, out=out)
+        D = self.gradient.inverse.apply(self.activation.precondition(self.M))
+        return D if out is None else out.copy_(D)
 
     def parameters(self, side: int) -> list[nn.Parameter | None]:
         """The weights (side 0) or the biases (1) of the layers."""
@@ -165,10 +181,11 @@ class Group:
         """Damping for the locations of this mini-batch, first estimates, and the running `A` if `average`."""
         if self.options.split:
             self.split_damping(batch.locations())
-        settled = self.started.repeat_interleave(self.groups)  # [B], before this mini-batch
+        averaging = self.activation.every_step and average
+        settled = self._rows_started().clone() if averaging else None  # [B], before this mini-batch
         if any(i in self.unsettled for i, seen in enumerate(batch.seen) if seen) or not self._ranks.alone:
             self._start(batch, finite)
-        if self.activation.every_step and average:
+        if settled is not None:
             self.activation.average(batch, self._where(batch, finite) & settled)
 
     def ask(self) -> None:
@@ -184,7 +201,7 @@ class Group:
         self.ask()
         if not self.unsettled:
             return
-        where = self._where(batch, finite) & ~self.started.repeat_interleave(self.groups)
+        where = self._where(batch, finite) & ~self._rows_started()
         good = self.activation.start(batch, where).view(-1, self.groups).all(1)  # [L]
         self.started |= good
         self._answer = Answer(self.started)
@@ -207,10 +224,6 @@ class Group:
         """Layer i has its first estimate."""
         self.started[i] = True
         self.unsettled.discard(i)
-
-    def update(self, batch: Batch, finite: Tensor) -> None:
-        """One update of `H_a`, where `finite` holds, for the layers that were seen and have been started."""
-        self.activation.update(batch, self._where(batch, finite) & self.started.repeat_interleave(self.groups))
 
     def learn(self, before: Batch, after: Batch, finite: Tensor) -> None:
         """What `H_g` learns from the same mini-batch before and after the step."""
@@ -248,6 +261,14 @@ class Group:
         self.activation.damping = lambda_A[0] if alike else self.M.W.new_tensor(lambda_A).unsqueeze(1)
         if self.gradient is not None:
             self.gradient.damping = lambdas[0][1] if alike else [b for _, b in lambdas]
+
+    def updating(self, batch: Batch, finite: Tensor) -> Tensor:
+        """Bool `[B]`: where `finite` holds, and the layer was seen and has been started."""
+        return self._where(batch, finite.to(self.started.device)) & self._rows_started()
+
+    def _rows_started(self) -> Tensor:
+        """`started` of the rows along axis 0, bool `[B]`."""
+        return self.started if self.groups == 1 else self.started.repeat_interleave(self.groups)
 
     def _where(self, batch: Batch, finite: Tensor) -> Tensor:
         """Bool `[B]`: where `finite` (a scalar or `[B]`) holds and the layer was seen."""

@@ -57,19 +57,24 @@ class Lengths:
         of_rows = np.repeat([1 / (STEP * math.sqrt(d_in)) for _, d_in in layers], rows_of_layers)
         self._of_rows = like.new_tensor(of_rows.tolist())  # [rows]
 
-    def divisors(self, directions: Sequence[Tensor], step_length: str) -> Tensor:
+    @property
+    def rows(self) -> int:
+        """Of all directions together."""
+        return len(self._of_rows)
+
+    def divisors(self, norms: Tensor, step_length: str) -> Tensor:
         """What every row is divided by at a unit rate, so that the quotient is the plain form of that name.
 
         Args:
-            directions: one of each group, `[L groups, d_out, d_in]`.
+            norms: `[rows]`, the lengths of the rows of the directions of all groups, one group after the other. They
+                are written over.
             step_length: `"raw"`, `"normalised"` or `"normalised_rows"`.
 
         Returns:
-            `[rows]`, over all groups.
+            `[rows]`.
         """
         if step_length == "raw":
-            return torch.ones_like(self._of_rows)
-        norms = torch.cat([torch.linalg.vector_norm(D, dim=-1).view(-1) for D in directions])  # [rows]
+            return norms.fill_(1.0)
         if step_length == "normalised":
             sizes = self._sums(norms.square_()).sqrt_().clamp_min_(SHORTEST).mul_(self._of_layers)  # [layers]
             return sizes.index_select(0, self._layer)

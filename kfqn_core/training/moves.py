@@ -8,12 +8,15 @@ the same for one layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kfqn_core.layers import LayerView
 from kfqn_core.maths.columns import Columns
 from kfqn_core.training.groups import Group
 from kfqn_core.training.length import Lengths
@@ -28,17 +31,19 @@ class Moves:
     Args:
         groups: each with the indices of the parameter groups of its weights and of its biases. Their `M` becomes views
             of flat tensors that are owned here.
+        bench: shared with the other moves of a plan, which come one after the other; None where the groups are large,
+            and what a step writes is better given back at once.
     """
 
-    def __init__(self, groups: Sequence[tuple[Group, Indices]]):
-        self._groups = groups
-        self._lengths: dict[tuple[int, ...], Lengths] = {}
+    def __init__(self, groups: Sequence[tuple[Group, Indices]], bench: Bench | None = None):
+        self._groups, self._bench = groups, bench
+        self._workspaces: dict[tuple[int, ...], _Workspace] = {}
         members: dict[tuple[Any, ...], list[tuple[Group, int]]] = {}
         for group, indices in groups:
             for side, part in enumerate(group.M):
                 if part is not None:
                     members.setdefault((indices[side], part.dtype, part.device), []).append((group, side))
-        self._flats = [(key[0], _flattened(of), of) for key, of in members.items()]
+        self._flats = [(key[0], _flattened(of), _in_order(of)) for key, of in members.items()]
 
     def average(self, settings: Settings, finite: Tensor) -> None:
         """`M <- momentum M + (1 - momentum) ([dW | db] + weight_decay [W | b])` where `finite` holds.
@@ -51,9 +56,11 @@ class Moves:
         """
         for index, flat, members in self._flats:
             of = settings[index]
-            G = torch.cat(list(_gradients(members))).to(flat.dtype)
+            # Where there is no gradient stands the momentum, which then stays.
+            G = torch.cat([M if p.grad is None else flatten(p.grad) for p, flatten, M in members]).to(flat.dtype)
             if of["weight_decay"] and not of["decoupled_weight_decay"]:
-                G.add_(torch.cat(list(_values(members))).to(flat.dtype), alpha=of["weight_decay"])
+                W = torch.cat([torch.zeros_like(M) if p.grad is None else flatten(p) for p, flatten, M in members])
+                G.add_(W.to(flat.dtype), alpha=of["weight_decay"])
             # Where a step is skipped the weight is zero; but 0 times NaN is NaN, so what is not finite becomes zero.
             G.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
             flat.lerp_(G, finite.to(flat.device, flat.dtype) * (1.0 - of["momentum"]))
@@ -75,24 +82,26 @@ class Moves:
             self._move(members, rates)
 
     def _move(self, members: list[tuple[Group, Indices]], rates: Mapping[int, Tensor]) -> None:
-        directions = [group.direction() for group, _ in members]  # D, [B, d_out, d_in] each
-        key = tuple(id(group) for group, _ in members)
-        if key not in self._lengths:
-            self._lengths[key] = Lengths([group.size for group, _ in members], directions[0])
-        units = self._lengths[key].divisors(directions, members[0][0].options.step_length)
+        space = self._workspace(members)
+        for (group, _), D, norms in zip(members, space.directions, space.norms_of, strict=True):
+            torch.linalg.vector_norm(group.direction(D), dim=-1, out=norms)
+        units = space.lengths.divisors(space.norms, members[0][0].options.step_length)
         # Where the step is skipped the rate is zero, and what D is divided by infinite.
-        divisors = {i: self._lengths[key].by_group(units / rate) for i, rate in rates.items()}
-        params: list[Tensor] = []
-        steps: list[Tensor] = []
-        for k, ((group, indices), D) in enumerate(zip(members, directions, strict=True)):
-            for side, part in enumerate(Columns.split(D, group.M.b is not None)):
-                moving = list(_moving(group, side))
-                if part is None or not moving:
-                    continue
-                step = (part / divisors[indices[side]][k]).split(group.groups)  # dense; of each layer
-                params += [p for _, p in moving]
-                steps += [group.as_parameter(side, i, step[i]) for i, _ in moving]
-        torch._foreach_sub_(params, steps)
+        divisors = {i: space.lengths.by_group(units / rate) for i, rate in rates.items()}
+        for k, (_, indices) in enumerate(members):
+            for side, (part, step) in enumerate(zip(space.parts[k], space.steps[k], strict=True)):
+                if part is not None:
+                    torch.div(part, divisors[indices[side]][k], out=step)
+        moving = [(p, step()) for p, step in space.as_parameters if p.grad is not None]
+        torch._foreach_sub_([p for p, _ in moving], [step for _, step in moving])
+
+    def _workspace(self, members: list[tuple[Group, Indices]]) -> _Workspace:
+        if self._bench is None:
+            return _Workspace([group for group, _ in members], Bench())
+        key = tuple(id(group) for group, _ in members)
+        if key not in self._workspaces:
+            self._workspaces[key] = _Workspace([group for group, _ in members], self._bench)
+        return self._workspaces[key]
 
     def _decay(self, index: int, rate: Tensor, members: list[tuple[Group, Indices]], of: Mapping[str, Any]) -> None:
         if of["decoupled_weight_decay"] and of["weight_decay"]:
@@ -102,6 +111,59 @@ class Moves:
             ]  # fmt: skip
             if shrinking:  # of a group of biases, for instance, none may have a gradient
                 torch._foreach_mul_(shrinking, 1.0 - rate * of["weight_decay"])
+
+
+class Bench:
+    """Memory for what a step writes and nobody needs afterwards: one tensor for each dtype and device."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, sizes: Sequence[int], like: Tensor) -> list[Tensor]:
+        """Flat tensors of these sizes, side by side. What was taken before may lie in the same place."""
+        key = like.dtype, like.device
+        if key not in self._tensors or self._tensors[key].numel() < sum(sizes):
+            self._tensors[key] = like.new_empty(sum(sizes))
+        return list(self._tensors[key][: sum(sizes)].split(list(sizes)))
+
+
+class _Workspace:
+    """Where the directions of several groups, the lengths of their rows, and the steps of their parameters are written.
+
+    Attributes:
+        lengths: of these groups.
+        directions: `D`, `[B, d_out, d_in]` each; `parts` are views of them.
+        norms: `[rows]`, of which `norms_of` are views, `[B, d_out]` each.
+        steps: what is subtracted from the weights and from the biases, dense.
+        as_parameters: every parameter, with what gives its step, shaped like it.
+    """
+
+    def __init__(self, groups: Sequence[Group], bench: Bench):
+        like = groups[0].M.W
+        self.lengths = Lengths([group.size for group in groups], like)
+        shapes = [(L * in_each, d_out, d_in) for L, in_each, d_out, d_in in (group.size for group in groups)]
+        sizes = [math.prod(shape) for shape in shapes]
+        *flats, self.norms = bench.take([*sizes, *sizes, self.lengths.rows], like)
+        self.directions = [flat.view(shape) for flat, shape in zip(flats[: len(groups)], shapes, strict=True)]
+        self.norms_of = [rows.squeeze(-1) for rows in self.lengths.by_group(self.norms)]
+        self.parts = [Columns.split(D, g.M.b is not None) for D, g in zip(self.directions, groups, strict=True)]
+        self.steps: list[Columns] = []
+        self.as_parameters: list[tuple[nn.Parameter, Callable[[], Tensor]]] = []
+        for group, flat in zip(groups, flats[len(groups) :], strict=True):
+            W, *b = flat.split([part.numel() for part in group.M if part is not None])
+            self.steps.append(Columns(W.view_as(group.M.W), b[0].view_as(group.M.b) if group.M.b is not None else None))
+            for side, step in enumerate(self.steps[-1]):
+                for i, p in enumerate(group.parameters(side)):
+                    if p is not None and step is not None:
+                        self.as_parameters.append((p, _shaped(group, side, i, step[group.rows(i)])))
+
+
+def _shaped(group: Group, side: int, i: int, rows: Tensor) -> Callable[[], Tensor]:
+    """Gives `rows`, which will be written, shaped like a parameter: a view that stays, or else a copy each time."""
+    shaped = group.as_parameter(side, i, rows)
+    if shaped.untyped_storage()._cdata == rows.untyped_storage()._cdata:
+        return lambda: shaped
+    return lambda: group.as_parameter(side, i, rows)
 
 
 def _flattened(members: list[tuple[Group, int]]) -> Tensor:
@@ -114,24 +176,21 @@ def _flattened(members: list[tuple[Group, int]]) -> Tensor:
     return flat
 
 
-def _gradients(members: list[tuple[Group, int]]) -> Iterator[Tensor]:
-    """The gradients in the order of a flat tensor; where there is none the momentum, which then stays."""
-    for group, side in members:
-        for i, p in enumerate(group.parameters(side)):
-            if p is not None and p.grad is not None:
-                yield group.as_rows(side, i, p.grad).reshape(-1)
-            else:
-                yield group.momentum(side)[group.rows(i)].reshape(-1)
+def _in_order(members: list[tuple[Group, int]]) -> list[tuple[nn.Parameter, Callable[[Tensor], Tensor], Tensor]]:
+    """In the order of a flat tensor: every parameter, what flattens a tensor shaped like it, and its momentum there."""
+    return [
+        (p, _flattener(group, side, i), group.momentum(side)[group.rows(i)].view(-1))
+        for group, side in members
+        for i, p in enumerate(group.parameters(side))
+        if p is not None
+    ]
 
 
-def _values(members: list[tuple[Group, int]]) -> Iterator[Tensor]:
-    """The parameters in the order of a flat tensor; zero where there is no gradient."""
-    for group, side in members:
-        for i, p in enumerate(group.parameters(side)):
-            if p is not None and p.grad is not None:
-                yield group.as_rows(side, i, p).reshape(-1)
-            else:
-                yield torch.zeros_like(group.momentum(side)[group.rows(i)]).reshape(-1)
+def _flattener(group: Group, side: int, i: int) -> Callable[[Tensor], Tensor]:
+    """From a tensor shaped like a parameter to its entries in the order of the rows of `[W | b]`."""
+    if side or type(group.layers[i].view).rows_of is LayerView.rows_of:  # which changes no order
+        return operator.methodcaller("reshape", -1)
+    return lambda tensor: group.as_rows(0, i, tensor).reshape(-1)
 
 
 def _moving(group: Group, side: int) -> Iterator[tuple[int, nn.Parameter]]:

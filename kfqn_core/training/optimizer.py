@@ -19,7 +19,7 @@ from kfqn_core.parallel.ranks import Ranks, refuse_shards
 from kfqn_core.training import checkpoint
 from kfqn_core.training.fallback import Fallback
 from kfqn_core.training.finite import Skips, all_finite, note_scale
-from kfqn_core.training.groups import Layer
+from kfqn_core.training.groups import Layer, update
 from kfqn_core.training.options import Options, check_group, refreshes
 from kfqn_core.training.pairs import SamePoint, source
 from kfqn_core.training.parameters import follow, groups_of, refuse_sparse, require_model
@@ -192,8 +192,8 @@ class KFQN(torch.optim.Optimizer):
                 self.fallback.move([p for p in params if p.grad is not None], settings, finite)
         self._pairs.learn(self.plan.layer_groups, self.plan.hooks, records, finite, refresh)  # H_g <- BFGS(H_g, pair)
         with self._no_autocast():
-            for group, batch in batches.items() if refresh else ():
-                group.update(batch, finite.to(group.started.device))  # H_a <- BFGS(H_a, pair)
+            if refresh:
+                update(batches, finite)  # H_a <- BFGS(H_a, pair)
         self._steps += 1
         self.plan.watch(refreshes(self._steps, self._options.refresh), every_step=self._pairs.every_step)
         self._skips.warn(self._steps)

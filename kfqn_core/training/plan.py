@@ -20,7 +20,7 @@ from kfqn_core.estimate.statistics import Record
 from kfqn_core.parallel.ranks import Ranks
 from kfqn_core.training.fallback import Fallback
 from kfqn_core.training.groups import Group
-from kfqn_core.training.moves import Moves
+from kfqn_core.training.moves import Bench, Moves
 from kfqn_core.training.options import Options
 from kfqn_core.training.selection import Selected, activation_factors, curvature_layers, shape_key
 
@@ -245,7 +245,10 @@ def _moves(groups: Sequence[tuple[Group, tuple[int, int]]]) -> list[Moves]:
             numbers = 0
         together[-1].append((group, indices))
         numbers += size
-    return [Moves(some) for some in together]
+    bench = Bench()
+    return [
+        Moves(some, bench if sum(math.prod(group.size) for group, _ in some) <= LARGE else None) for some in together
+    ]
 
 
 def adam_bytes(parameters: Sequence[Tensor]) -> int:
