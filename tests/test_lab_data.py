@@ -12,7 +12,7 @@ import pytest
 import torch
 from sklearn.datasets import _openml, load_sample_images
 
-from kfqn_core.lab import data
+from kfqn_core.lab import cache, data
 
 
 @pytest.fixture
@@ -65,29 +65,12 @@ def test_curves_depend_on_the_seed_only_and_come_from_the_cache(home, monkeypatc
     assert not list(home.glob("**/*.part"))
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "shape", "empty"])
-def test_a_damaged_cache_is_replaced(home, damage):
+def test_damaged_images_are_drawn_again(home):
     good = data.curves(50, seed=1)
     (file,) = home.glob("kfqn/*.npz")
-    raw = bytearray(file.read_bytes())
-    if damage == "truncate":
-        file.write_bytes(raw[: len(raw) // 2])
-    elif damage == "flip":
-        raw[len(raw) // 2] ^= 0xFF
-        file.write_bytes(raw)
-    elif damage == "shape":
-        np.savez(file, images=np.zeros((50, 5), np.float32), sha256="0")
-    else:
-        file.write_bytes(b"")
+    file.write_bytes(file.read_bytes()[:1000])
     assert torch.equal(data.curves(50, seed=1), good)
-    assert data._load(file, 50) is not None
-
-
-def test_the_checksum_is_compared(home):
-    data.curves(50, seed=1)
-    (file,) = home.glob("kfqn/*.npz")
-    np.savez(file, images=np.zeros((50, 784), np.float32), sha256=data._digest(np.ones((50, 784), np.float32)))
-    assert data._load(file, 50) is None
+    assert cache.load(file.stem) is not None
 
 
 def test_images_come_even_where_they_cannot_be_cached(home, monkeypatch):
@@ -212,7 +195,7 @@ def tiny(home, monkeypatch):
 ROWS = np.column_stack([np.arange(24).reshape(6, 4) * 11, [0, 1, 2, 0, 1, 2]])
 
 
-def test_openml_splits_scales_and_caches(tiny):
+def test_openml_splits_scales_and_caches(tiny, monkeypatch):
     server = tiny(ROWS)
     split = data.openml("tiny")
     assert [tuple(part.shape) for part in split] == [(4, 1, 2, 2), (4,), (2, 1, 2, 2), (2,)]
@@ -220,8 +203,26 @@ def test_openml_splits_scales_and_caches(tiny):
     assert split.x_train.dtype == torch.float32
     assert split.y_test.tolist() == [1, 2]
     server.online = False  # from here on only the cache can answer
-    assert torch.equal(data.openml("tiny").x_test, split.x_test)
+    monkeypatch.setattr(data, "fetch_openml", None)  # ... and it is not scikit-learn's, which is slow to read
+    assert all(torch.equal(a, b) for a, b in zip(data.openml("tiny"), split, strict=True))
     assert server.downloads == 1
+    kept = cache.load("openml-tiny")
+    assert {name: (array.dtype, array.shape) for name, array in kept.items()} == {
+        "pixels": (np.uint8, (6, 4)),
+        "labels": (np.uint8, (6,)),
+    }
+
+
+def test_damaged_openml_images_are_read_again_from_what_scikit_learn_keeps(tiny, home):
+    server = tiny(ROWS)
+    split = data.openml("tiny")
+    (file,) = home.glob("kfqn/*.npz")
+    raw = bytearray(file.read_bytes())
+    raw[raw.index(bytes(range(0, 44, 11)))] ^= 0xFF
+    file.write_bytes(raw)
+    server.online = False
+    assert torch.equal(data.openml("tiny").x_train, split.x_train)
+    assert cache.load("openml-tiny") is not None
 
 
 @pytest.mark.filterwarnings("ignore:A network error occurred")
@@ -236,12 +237,15 @@ def test_a_damaged_openml_cache_is_downloaded_again_or_refused(tiny, home):
     server = tiny(ROWS)
     split = data.openml("tiny")
     (file,) = home.glob("openml/**/tiny.arff.gz")
+    (ours,) = home.glob("kfqn/*.npz")
     for damage in (b"", file.read_bytes()[:30]):
+        ours.unlink()
         file.write_bytes(damage)
         with pytest.warns(RuntimeWarning, match="Invalid cache"):
             assert torch.equal(data.openml("tiny").x_train, split.x_train)
     assert server.downloads == 3
     file.write_bytes(b"")
+    ours.unlink()
     server.online = False
     with pytest.warns(RuntimeWarning, match="Invalid cache"), pytest.raises(ConnectionError, match="cannot be"):
         data.openml("tiny")
@@ -253,13 +257,74 @@ def test_a_download_that_fails_its_checksum_is_refused(tiny):
         data.openml("tiny")
 
 
-@pytest.mark.parametrize("rows", [ROWS[:5], ROWS[:, 1:], np.column_stack([ROWS[:, :4] * 2, ROWS[:, 4]])])
+WRONG = (ROWS[:5], ROWS[:, 1:], ROWS * [2, 2, 2, 2, 1], ROWS * [1, 1, 1, 0.5, 1])
+
+
+@pytest.mark.parametrize("rows", WRONG, ids=["samples", "pixels", "range", "fractions"])
 def test_openml_refuses_what_is_not_the_data_set(tiny, rows):
     tiny(rows)
-    with pytest.raises(ValueError, match="tiny should hold numbers from 0 to 255 of shape"):
+    with pytest.raises(ValueError, match="tiny should hold whole numbers from 0 to 255 of shape"):
         data.openml("tiny")
 
 
 def test_openml_names_what_it_has():
     with pytest.raises(ValueError, match=r"CIFAR_10.*got 'mnist'"):
         data.openml("mnist")
+
+
+def test_photograph_pixels_carry_the_colour_of_their_place():
+    split = data.photograph_pixels()
+    assert [tuple(part.shape) for part in split] == [(60_000, 2), (60_000, 3), (10_000, 2), (10_000, 3)]
+    assert all(part.dtype == torch.float32 for part in split)
+    photograph = torch.tensor(load_sample_images().images[0])
+    height, width, _ = photograph.shape
+    seen = []
+    for places, colours in (split[:2], split[2:]):
+        assert places.min() > 0
+        assert places.max() < 1
+        row, column = (places * torch.tensor([height, width])).long().unbind(1)
+        assert torch.equal((255 * colours).round().to(torch.uint8), photograph[row, column])
+        seen += (row * width + column).tolist()
+    assert len(set(seen)) == 70_000, "a pixel serves twice"
+    assert all(torch.equal(a, b) for a, b in zip(split, data.photograph_pixels(), strict=True))
+
+
+def test_the_table_is_standardised_and_always_the_same():
+    split, again = data.table(), data.table()
+    assert [tuple(part.shape) for part in split] == [(20_000, 120), (20_000,), (4_000, 120), (4_000,)]
+    assert all(torch.equal(a, b) for a, b in zip(split, again, strict=True))
+    # A sum of 20,000 float32 roundings of 6e-8 each, and as many standard errors as a column of new rows may be off.
+    assert split.x_train.mean(0).abs().max() < 1e-5
+    assert (split.x_train.std(0) - 1).abs().max() < 1e-5
+    assert split.x_test.mean(0).abs().max() < 5 / 4_000**0.5
+    # Classes are equally likely: five standard deviations of a binomial count.
+    assert (torch.bincount(split.y_train, minlength=12) - 20_000 / 12).abs().max() < 5 * (20_000 / 12) ** 0.5
+    between = torch.stack([split.x_train[split.y_train == k].mean(0) for k in range(12)]).std(0)
+    # In a column that knows nothing of the class, its means differ by 1 / sqrt(20,000 / 12) = 0.024.
+    assert (between > 0.05).sum() == 40
+
+
+def test_text_windows_are_followed_by_their_bytes(monkeypatch):
+    text = bytes(range(32, 127)) * 3
+    monkeypatch.setattr(data, "topics", {"b": text[95:].decode(), "a": text[:94].decode()})
+    split = data.text_windows(5)
+    # 94, a line feed, and 190 bytes: 256 for training, which are 51 windows and their last target, and 29 for testing.
+    assert [tuple(part.shape) for part in split] == [(51, 5), (51, 5), (5, 5), (5, 5)]
+    joined = text[:94] + b"\n" + text[95:]
+    assert bytes(split.x_train.flatten().tolist()) == joined[:255]
+    assert bytes(split.y_train.flatten().tolist()) == joined[1:256]
+    assert bytes(split.x_test.flatten().tolist()) == joined[256:281]
+    assert bytes(split.y_test.flatten().tolist()) == joined[257:282]
+    with pytest.raises(ValueError, match="less than a tenth of the text, 28 bytes, got 29"):
+        data.text_windows(29)
+    with pytest.raises(ValueError, match="length must be a positive integer, got 0"):
+        data.text_windows(0)
+
+
+def test_the_text_is_what_python_ships():
+    split = data.text_windows(64)
+    assert split.x_train.dtype == torch.int64
+    assert len(split.x_train) > 5_000
+    assert len(split.x_test) > 500
+    assert split.x_train.max() < 256
+    assert b"statement" in bytes(split.x_train.flatten().tolist())

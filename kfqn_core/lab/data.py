@@ -1,24 +1,29 @@
-"""Images that need no download, scikit-learn's digits and photographs and CURVES generated here; and larger sets from
-OpenML for those who have a network."""
+"""Data that need no download: scikit-learn's digits and photographs, CURVES and a table generated here, and the text of
+Python's own documentation; and larger sets from OpenML for those who have a network."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import tempfile
-import warnings
-import zipfile
 from http.client import HTTPException
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import NamedTuple
 from urllib.error import URLError
 
 import numpy as np
 import torch
-from sklearn.datasets import fetch_openml, get_data_home, load_digits, load_sample_images
+from sklearn.datasets import (
+    fetch_openml,
+    get_data_home,
+    load_digits,
+    load_sample_image,
+    load_sample_images,
+    make_classification,
+)
 from tqdm.auto import tqdm
 
-__all__ = ["Split", "curves", "digits", "openml", "photograph_patches"]
+from kfqn_core.lab import cache
+
+__all__ = ["Split", "curves", "digits", "openml", "photograph_patches", "photograph_pixels", "table", "text_windows"]
 
 SIDE = 28  # pixels of a CURVES image
 _MARGIN = 3.0  # pixels between the border and the three points
@@ -38,7 +43,8 @@ OPENML_TEST = 10_000
 
 
 class Split(NamedTuple):
-    """Inputs `[n, ...]` and integer labels `[n]`, for training and for testing."""
+    """Inputs `[n, ...]` and what belongs to them, for training and for testing; integer labels `[n]` where nothing else
+    is said."""
 
     x_train: torch.Tensor
     y_train: torch.Tensor
@@ -94,11 +100,66 @@ def _turned_patches(
     return torch.stack(patches), turns
 
 
+def photograph_pixels() -> Split:
+    """The colours of scikit-learn's photograph of a Chinese temple, and where they are: 60,000 pixels, 10,000 others.
+
+    Inputs are row and column of a pixel's centre in units of height and width, `[n, 2]` float32 in (0, 1), and what
+    belongs to them is its colour, `[n, 3]` float32 in [0, 1]. The pixels are drawn at random, always the same ones.
+    """
+    photograph = torch.tensor(load_sample_image("china.jpg"))
+    height, width, _ = photograph.shape
+    places = torch.cartesian_prod((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width)
+    colours = photograph.reshape(-1, 3).float() / 255
+    order = torch.randperm(len(places), generator=torch.Generator().manual_seed(0))
+    train, test = order[:60_000], order[60_000:70_000]
+    return Split(places[train], colours[train], places[test], colours[test])
+
+
+def table() -> Split:
+    """A table of scikit-learn's `make_classification`: 12 classes of four clusters each in 40 of 120 columns, the other
+    80 noise; 20,000 rows for training and 4,000 for testing.
+
+    `[n, 120]` float32, every column standardised with the mean and deviation of the training rows. One label in a
+    hundred is drawn at random.
+    """
+    columns, labels = make_classification(
+        n_samples=24_000, n_features=120, n_informative=40, n_redundant=0, n_classes=12, n_clusters_per_class=4,
+        random_state=0,
+    )  # fmt: skip
+    x, y = torch.tensor(columns), torch.tensor(labels, dtype=torch.long)
+    deviation, mean = torch.std_mean(x[:20_000], dim=0)
+    x = ((x - mean) / deviation).float()
+    return Split(x[:20_000], y[:20_000], x[20_000:], y[20_000:])
+
+
+def text_windows(length: int) -> Split:
+    """The help that Python itself carries (`pydoc_data.topics`, some 470,000 bytes) in windows of `length` bytes.
+
+    Inputs are bytes, and what belongs to each is the byte that follows it: `[n, length]` int64 both. Windows do not
+    overlap; the first nine tenths of the text are for training, the rest for testing, and less than a window at the
+    end of either is dropped. The text changes a little from one version of Python to the next.
+    """
+    if not isinstance(length, int) or length < 1:
+        raise ValueError(f"text_windows: length must be a positive integer, got {length!r}")
+    text = "\n".join(topics[name] for name in sorted(topics)).encode()
+    numbers = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+    cut = len(numbers) * 9 // 10
+    parts: list[torch.Tensor] = []
+    for part in (numbers[:cut], numbers[cut:]):
+        windows = (len(part) - 1) // length
+        if not windows:
+            raise ValueError(f"text_windows: length must be less than a tenth of the text, {len(text) // 10} bytes, "
+                             f"got {length}")  # fmt: skip
+        parts += [part[start : start + windows * length].reshape(windows, length) for start in (0, 1)]
+    return Split(*parts)
+
+
 def openml(name: str) -> Split:
     """MNIST (`"mnist_784"`), Fashion-MNIST (`"Fashion-MNIST"`) or CIFAR-10 (`"CIFAR_10"`) from OpenML.
 
     `[n, channels, height, width]` float32 in [0, 1]; the last 10,000 samples are the test set. scikit-learn downloads
-    once, compares checksums, and caches in its data folder, a whole file or none.
+    once, compares checksums, and caches in its data folder, a whole file or none. Reading that file takes half a
+    minute, so that its contents are kept beside it as bytes, with a checksum.
 
     Raises:
         ValueError: if the name is none of the three, or if what came is not the data set.
@@ -106,6 +167,19 @@ def openml(name: str) -> Split:
     """
     if name not in OPENML:
         raise ValueError(f"openml: name must be one of {sorted(OPENML)}, got {name!r}")
+    samples, shape = OPENML[name]
+    kept = cache.load(f"openml-{name}")
+    if kept is None:
+        kept = _download(name)
+        cache.save(f"openml-{name}", **kept)
+    x = torch.from_numpy(kept["pixels"]).reshape(-1, *shape) / 255
+    y = torch.from_numpy(kept["labels"]).long()
+    train = samples - OPENML_TEST
+    return Split(x[:train], y[:train], x[train:], y[train:])
+
+
+def _download(name: str) -> dict[str, np.ndarray]:
+    """Pixels `[n, d]` and labels `[n]`, both uint8, from OpenML or from what scikit-learn has kept of it."""
     samples, shape = OPENML[name]
     try:
         # As numbers, labels too: a quarter of the memory, and scikit-learn 1.9 fails on the categories of pandas 3.
@@ -118,17 +192,18 @@ def openml(name: str) -> Split:
             "once, or use digits() or photograph_patches(), which need none"
         ) from error
     expected = (samples, int(np.prod(shape)))
-    fits = pixels.shape == expected and pixels.dtype == np.float32 and labels.shape == (samples,)
-    if not fits or not (pixels.min() >= 0 and pixels.max() <= 255):
+    fits = pixels.shape == expected and labels.shape == (samples,)
+    if not fits or not (_are_bytes(pixels) and _are_bytes(labels)):
         raise ValueError(
-            f"openml: {name} should hold numbers from 0 to 255 of shape {expected} and as many labels, got "
+            f"openml: {name} should hold whole numbers from 0 to 255 of shape {expected} and as many labels, got "
             f"{pixels.dtype} of shape {pixels.shape} and {len(labels)} labels; remove "
             f"{Path(get_data_home()) / 'openml'} and try again"
         )
-    x = torch.from_numpy(pixels / 255).reshape(-1, *shape)
-    y = torch.from_numpy(labels.astype(np.int64))
-    train = samples - OPENML_TEST
-    return Split(x[:train], y[:train], x[train:], y[train:])
+    return {"pixels": pixels.astype(np.uint8, order="C"), "labels": labels.astype(np.uint8)}
+
+
+def _are_bytes(numbers: np.ndarray) -> bool:
+    return bool(numbers.min() >= 0 and numbers.max() <= 255 and (numbers == np.rint(numbers)).all())
 
 
 def curves(n: int, seed: int) -> torch.Tensor:
@@ -145,12 +220,12 @@ def curves(n: int, seed: int) -> torch.Tensor:
         raise ValueError(f"curves: n must be a positive integer, got {n!r}")
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"curves: seed must be a non-negative integer, got {seed!r}")
-    file = Path(get_data_home()) / "kfqn" / f"curves-{_RECIPE}-{n}-{seed}.npz"
-    images = _load(file, n)
-    if images is None:
-        images = _draw(n, seed)
-        _save(file, images)
-    return torch.from_numpy(images)
+    name = f"curves-{_RECIPE}-{n}-{seed}"
+    kept = cache.load(name)
+    if kept is None:
+        kept = {"images": _draw(n, seed)}
+        cache.save(name, **kept)
+    return torch.from_numpy(kept["images"])
 
 
 def _draw(n: int, seed: int) -> np.ndarray:
@@ -169,35 +244,3 @@ def _draw(n: int, seed: int) -> np.ndarray:
         squared = squared.amin(-1) + pixels.square().sum(-1)
         images.append(torch.exp(-squared.clamp_min(0) / _PEN**2))
     return torch.cat(images).numpy()
-
-
-def _digest(images: np.ndarray) -> str:
-    return hashlib.sha256(images.tobytes()).hexdigest()
-
-
-def _load(file: Path, n: int) -> np.ndarray | None:
-    """The cached images, or None when the file is missing or is not what was written."""
-    try:
-        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
-            images, digest = archive["images"], str(archive["sha256"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
-    intact = images.shape == (n, SIDE * SIDE) and images.dtype == np.float32 and _digest(images) == digest
-    return images if intact else None
-
-
-def _save(file: Path, images: np.ndarray) -> None:
-    """Write beside the target, then rename: a reader sees the whole file or none."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as part:
-            try:
-                np.savez(part, images=images, sha256=_digest(images))
-                part.close()
-                os.replace(part.name, file)
-            except BaseException:
-                part.close()
-                os.unlink(part.name)
-                raise
-    except OSError as error:
-        warnings.warn(f"curves: not cached ({error}); the images will be generated again next time", stacklevel=3)
