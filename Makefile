@@ -59,11 +59,11 @@ frameworks: setup ## other people's models and trainers (transformers, Lightning
 bench: setup ## does a short benchmark order the methods as the committed results do? (15 minutes)
 	$(BIN)/python -m benchmarks check
 
-# Step costs first, with nothing else running; then two processes, on different problems.
+# Step costs first, with nothing else running; then two processes, on different problems. P8 to P14 are run by name.
 RUN := $(BIN)/python -m benchmarks run
 LONG := --horizon 10 --seeds 3 --budgets wall --methods kfqn kfqn-second-pass kbfgs-5 sgd adam muon soap
 bench-full: setup ## run what is missing from benchmarks/results (hours), then write tables and figures
-	$(RUN) --costs-only
+	$(RUN) --costs-only --problems P1 P2 P3 P5 P6 P7
 	$(RUN) --problems P1 P2 P3 P7 & first=$$!; $(RUN) --problems P5 P6 && wait $$first
 	$(RUN) $(LONG) --problems P1 P2 P3 P7 & first=$$!; $(RUN) $(LONG) --problems P5 P6 && wait $$first
 	$(BIN)/python -m benchmarks report

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from benchmarks import check, gpu, report
 from benchmarks.costs import step_cost_table
 from benchmarks.methods import METHODS
-from benchmarks.problems import TASKS
+from benchmarks.problems import TASKS, available
 from benchmarks.protocol import BUDGETS, Contest, measured_ratio, play
 from benchmarks.records import RESULTS, Results
 from benchmarks.timing import one_thread
@@ -20,7 +20,7 @@ from benchmarks.timing import one_thread
 def run(arguments: argparse.Namespace) -> int:
     """Measure step costs where none is kept, then play every contest that is not complete."""
     contests = []
-    for key in arguments.problems:
+    for key in available(arguments.problems):
         results = Results(key, arguments.results)
         for name in tqdm(arguments.methods, desc=f"{key} step costs", leave=False):
             method = METHODS[name]

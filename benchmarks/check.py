@@ -16,7 +16,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from benchmarks.methods import METHODS
-from benchmarks.problems import TASKS
+from benchmarks.problems import TASKS, available
 from benchmarks.protocol import budget_steps, fresh_seeds, measured_ratio, run, score
 from benchmarks.records import Results
 from benchmarks.tables import summary
@@ -34,7 +34,7 @@ def expected_order(frame: pd.DataFrame) -> list[tuple[str, str]]:
 
 def main(arguments: argparse.Namespace) -> int:
     """0 if every expected order is reproduced, 1 if one is not, or if there is nothing to reproduce."""
-    frame = summary(arguments.problems, arguments.methods, arguments.results)
+    frame = summary(available(arguments.problems), arguments.methods, arguments.results)
     if not frame.empty:
         frame = frame[(frame["horizon"] == 1) & (frame["budget"] == "wall")]
     if frame.empty:

@@ -11,7 +11,7 @@ import torch
 from benchmarks.counting import count
 from benchmarks.flops import floor_ratio, shapes
 from benchmarks.methods import METHODS, state_bytes
-from benchmarks.problems import TASKS, Task
+from benchmarks.problems import TASKS, Task, available
 from benchmarks.timing import mean_interval, step_cost, stepper
 from kfqn_core import describe
 from kfqn_core.training.optimizer import KFQN
@@ -49,7 +49,7 @@ def step_cost_table(arguments: argparse.Namespace) -> int:
     keep_memory()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread")
     _print(HEADER)
-    for key in arguments.problems:
+    for key in available(arguments.problems):
         task = TASKS[key]
         layers = shapes(task.problem.model(seed=0), task.problem.x_train[: task.problem.batch_size])
         step, _ = stepper(task, METHODS["sgd"])

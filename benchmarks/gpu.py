@@ -18,6 +18,7 @@ from benchmarks.methods import METHODS, Method, state_bytes
 from benchmarks.records import RESULTS, environment, rounded
 from benchmarks.timing import Ratio, mean_interval, paired_ratios, parts_of
 from kfqn_core import KFQN
+from kfqn_core.lab.networks import residual_network
 from kfqn_core.lab.problems import autoencoder, pixel_cross_entropy
 
 __all__ = ["CASES", "Case", "main"]
@@ -38,29 +39,6 @@ class Case:
     batch: int
 
 
-class Residual(nn.Module):
-    """Two 3x3 convolutions with batch norm beside a shortcut, as in a ResNet for CIFAR."""
-
-    def __init__(self, d_in: int, d_out: int, stride: int):
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(d_in, d_out, 3, stride, 1, bias=False), nn.BatchNorm2d(d_out), nn.ReLU(),
-            nn.Conv2d(d_out, d_out, 3, 1, 1, bias=False), nn.BatchNorm2d(d_out),
-        )  # fmt: skip
-        self.shortcut = nn.Identity() if d_in == d_out else nn.Conv2d(d_in, d_out, 1, stride, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.relu(self.body(x) + self.shortcut(x))
-
-
-def residual_network() -> nn.Module:
-    """ResNet-32 for 32x32 images: three stages of five blocks with 16, 32 and 64 channels."""
-    blocks: list[nn.Module] = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
-    for d_in, d_out, stride in ((16, 16, 1), (16, 32, 2), (32, 64, 2)):
-        blocks += [Residual(d_in, d_out, stride)] + [Residual(d_out, d_out, 1) for _ in range(4)]
-    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
-
-
 def wide_network() -> nn.Module:
     return nn.Sequential(
         nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(),
@@ -72,7 +50,7 @@ CASES = (
     Case("MNIST autoencoder 784-1000-500-250-30", lambda: autoencoder((784, 1000, 500, 250, 30)), (784,), None, 1000),
     Case("FACES autoencoder 625-2000-1000-500-30", lambda: autoencoder((625, 2000, 1000, 500, 30)), (625,), None, 1000),
     Case("CURVES autoencoder", lambda: autoencoder((784, 400, 200, 100, 50, 25, 6)), (784,), None, 1000),
-    Case("ResNet-32", residual_network, (3, 32, 32), 10, 128),
+    Case("ResNet-32", lambda: residual_network(blocks=5), (3, 32, 32), 10, 128),
     Case("MLP of width 4096", wide_network, (4096,), 10, 1024),
 )
 

@@ -20,13 +20,19 @@ from torch import Tensor, nn
 from kfqn_core.training.preserve import restored
 from kfqn_core.training.selection import curvature_layers
 
+
+def _categorical(z: Tensor) -> Tensor:
+    p = z.softmax(-1).flatten(0, -2)  # one distribution a row, several rows a sample where there are several labels
+    return (p - nn.functional.one_hot(torch.multinomial(p, 1)[:, 0], p.shape[1])).view_as(z)
+
+
+# Each draws labels for these outputs and returns the gradient of the negative log-likelihood, summed over all labels.
 LIKELIHOODS: dict[str, Callable[[Tensor], Tensor]] = {
-    # Draws labels for these outputs and returns the gradient of the mean negative log-likelihood in the outputs.
-    "bernoulli": lambda z: (z.sigmoid() - torch.bernoulli(z.sigmoid())) / len(z),
-    "categorical": lambda z: (
-        z.softmax(1) - nn.functional.one_hot(torch.multinomial(z.softmax(1), 1)[:, 0], z.shape[1])
-    ) / len(z),
-}  # fmt: skip
+    "bernoulli": lambda z: z.sigmoid() - torch.bernoulli(z.sigmoid()),
+    "categorical": _categorical,
+    # The squared error, without a factor 1/2, belongs to a variance of 1/2: its gradient 2 (z - y) has a variance of 2.
+    "gaussian": lambda z: math.sqrt(2) * torch.randn_like(z),
+}
 
 
 class KFAC(torch.optim.Optimizer):
@@ -35,9 +41,13 @@ class KFAC(torch.optim.Optimizer):
     Args:
         model: called as `model(x)` in each training step; its loss is a mean over samples.
         lr: step length.
-        likelihood: `"bernoulli"` (outputs are logits of pixels) or `"categorical"` (outputs are scores of classes).
+        likelihood: `"bernoulli"` (outputs are logits of pixels), `"categorical"` (scores of classes, along the last
+            dimension) or `"gaussian"` (the loss is the squared error, summed over outputs).
         every: factors and their inverses are updated at the first step and then at every `every`-th, from one further
             forward and backward pass over the mini-batch with labels drawn from the model.
+
+    Raises:
+        ValueError: for a loss that is not the likelihood of labels.
     """
 
     def __init__(
@@ -52,6 +62,11 @@ class KFAC(torch.optim.Optimizer):
         factor_decay: float = 0.95,
         kl_clip: float = 1e-3,
     ):
+        if likelihood not in LIKELIHOODS:
+            raise ValueError(
+                f"KFAC: likelihood must be one of {sorted(LIKELIHOODS)}, got {likelihood!r}: K-FAC draws labels from "
+                "the model, and this loss is not the negative log-likelihood of labels alone"
+            )
         trainable = [p for p in model.parameters() if p.requires_grad]
         super().__init__(trainable, {"lr": lr, "momentum": momentum})
         self._model, self._layers = model, list(curvature_layers(model).values())
@@ -109,8 +124,9 @@ class KFAC(torch.optim.Optimizer):
         fresh = 0.0 if self._steps == 0 else self._decay
         for layer, g in zip(self._layers, gradients, strict=True):
             state: dict[str, Any] = self.state[layer.weight]
-            rows = layer.view.outputs(g * len(x)).transpose(0, 1).flatten(1, 2)  # [groups, N T, d_out], per sample
-            moments = {"A": layer.view.second_moment(seen[layer.module][0]), "G": rows.mT @ rows / rows.shape[1]}
+            rows = layer.view.outputs(g).transpose(0, 1).flatten(1, 2)  # [groups, N T, d_out]
+            inputs = layer.view.batched(seen[layer.module][0])  # a fully connected layer's rows are samples
+            moments = {"A": layer.view.second_moment(inputs), "G": rows.mT @ rows / rows.shape[1]}
             for name, moment in moments.items():
                 state[name] = moment if name not in state else state[name].lerp_(moment, 1 - fresh)
             state["A_inv"], state["G_inv"] = damped_inverses(state["A"], state["G"], self._damping)

@@ -52,7 +52,7 @@ class Method:
 
     def grid(self, task: Task) -> tuple[float, ...]:
         """The learning rates to choose from on this problem."""
-        return self.lrs_pixels if self.lrs_pixels and task.likelihood == "bernoulli" else self.lrs
+        return self.lrs_pixels if self.lrs_pixels and task.likelihood in ("bernoulli", "elbo") else self.lrs
 
     def build(self, model: nn.Module, lr: float, task: Task) -> Any:
         """An optimizer that `kfqn_core.lab.training.train` can drive: `step(closure)`, `zero_grad`, `param_groups`."""

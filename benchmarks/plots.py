@@ -22,6 +22,13 @@ TITLES = {
     "P5": "P5: photographs CNN",
     "P6": "P6: P5 without batch norm",
     "P7": "P7: P2 with tanh",
+    "P8": "P8: MNIST autoencoder",
+    "P9": "P9: CIFAR-10 ResNet",
+    "P10": "P10: byte-level GPT",
+    "P11": "P11: table MLP",
+    "P12": "P12: photograph",
+    "P13": "P13: digits VAE",
+    "P14": "P14: wide MLP",
 }
 CONTESTANTS = (HERO, "Muon", "SOAP", "Adam", "SGD with momentum", "K-BFGS 2020")  # one per colour of the shared style
 
@@ -51,7 +58,7 @@ def frontier(frame: pd.DataFrame, folder: Path = RESULTS) -> plt.Figure:
 
 
 def _panels(frame: pd.DataFrame) -> tuple[plt.Figure, list[tuple[str, plt.Axes]]]:
-    keys = sorted(frame["problem"].unique())
+    keys = [key for key in TITLES if key in set(frame["problem"])]
     columns = min(3, len(keys))
     rows = -(-len(keys) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3.3 * columns, 2.7 * rows + 0.5), squeeze=False)

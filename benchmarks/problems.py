@@ -1,4 +1,4 @@
-"""The problems of the comparison: P1 to P7, each with the number of Adam steps that defines its budget of wall time.
+"""The problems of the comparison: P1 to P14, each with the number of Adam steps that defines its budget of wall time.
 
 | | problem | training / test samples | batch | N |
 |---|---|---|---|---|
@@ -9,6 +9,15 @@
 | P5 | photographs CNN with batch norm | 8000 / 2000 | 128 | 300 |
 | P6 | photographs CNN without batch norm | 8000 / 2000 | 128 | 300 |
 | P7 | P2 with tanh | 1400 / 397 | 200 | 400 |
+| P8 | MNIST autoencoder, 784-1000-500-250-30, ReLU | 60000 / 10000 | 1000 | 300 |
+| P9 | residual network with batch norm, 16-32-64 channels, on CIFAR-10 | 50000 / 10000 | 128 | 600 |
+| P10 | GPT on bytes of text, three blocks of width 96, windows of 64 | 6500 / 720 windows | 16 | 300 |
+| P11 | MLP on a generated table, 120-384-384-12, ReLU | 20000 / 4000 | 256 | 300 |
+| P12 | a photograph by Fourier features of coordinates, 128-192-192-192-3, ReLU | 60000 / 10000 | 1024 | 300 |
+| P13 | variational autoencoder on digits, 64-128-64-8, ReLU | 1400 / 397 | 200 | 400 |
+| P14 | MLP with twelve hidden layers of 2048 units, ReLU, on MNIST | 10000 / 2000 | 128 | 60 |
+
+P8, P9 and P14 need data that are downloaded once (`kfqn_core.lab.data.openml`).
 """
 
 from __future__ import annotations
@@ -21,18 +30,20 @@ from itertools import pairwise
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
 
-from kfqn_core.lab import problems
+from kfqn_core.lab import further_problems, problems
 from kfqn_core.lab.problems import Problem
 
-__all__ = ["TASKS", "Task", "vgg_like"]
+__all__ = ["TASKS", "Task", "available", "vgg_like"]
 
 
 @dataclass(frozen=True)
 class Task:
     """A problem with its budget: `steps` is N, or None where only the cost of a step is of interest.
 
-    `likelihood` names what the loss is the negative logarithm of; K-FAC samples labels from it.
+    `likelihood` names what the loss is the negative logarithm of, and K-FAC draws labels from it: `"bernoulli"`,
+    `"categorical"` or `"gaussian"`. `"elbo"` is a bound of one, with a term in which there are no labels.
     """
 
     key: str
@@ -88,5 +99,24 @@ TASKS = {
         Task("P5", problems.photographs_cnn, 300, "categorical"),
         Task("P6", photographs_cnn_without_batch_norm, 300, "categorical"),
         Task("P7", digits_autoencoder_tanh, 400, "bernoulli"),
+        Task("P8", further_problems.mnist_autoencoder, 300, "bernoulli"),
+        Task("P9", further_problems.cifar_resnet, 600, "categorical"),
+        Task("P10", further_problems.byte_gpt, 300, "categorical"),
+        Task("P11", further_problems.table_mlp, 300, "categorical"),
+        Task("P12", further_problems.photograph_coordinates, 300, "gaussian"),
+        Task("P13", further_problems.digits_vae, 400, "elbo"),
+        Task("P14", further_problems.wide_mlp, 60, "categorical"),
     )
 }
+
+
+def available(keys: list[str]) -> list[str]:
+    """The problems among `keys` whose data are here or could be fetched; of any other, a sentence says why not."""
+    found = []
+    for key in keys:
+        try:
+            _made(TASKS[key].make)
+            found.append(key)
+        except ConnectionError as error:
+            tqdm.write(f"{key} is left out: {error}")
+    return found

@@ -10,7 +10,7 @@ import pandas as pd
 
 from benchmarks import readme
 from benchmarks.methods import METHODS
-from benchmarks.plots import frontier, wall_time
+from benchmarks.plots import TITLES, frontier, wall_time
 from benchmarks.problems import TASKS
 from benchmarks.records import RESULTS, Results, rounded
 from benchmarks.tables import summary
@@ -64,10 +64,10 @@ def _number(value: float | None, digits: int = 4) -> str:
 
 def _tables(frame: pd.DataFrame, folder: Path) -> str:
     parts = [INTRODUCTION]
-    for (key, horizon, budget), part in frame.groupby(["problem", "horizon", "budget"], sort=True):
-        name, seeds = TASKS[key].problem.name, part["seeds"].max()
+    for (key, horizon, budget), part in frame.groupby(["problem", "horizon", "budget"], sort=False):
+        seeds = part["seeds"].max()
         equal = "wall time" if budget == "wall" else "steps"
-        parts += [f"## {key}, {name}: {horizon}x, equal {equal}, {seeds} seeds\n", HEADER, "|---" * 10 + "|"]
+        parts += [f"## {TITLES[key]}: {horizon}x, equal {equal}, {seeds} seeds\n", HEADER, "|---" * 10 + "|"]
         for _, row in part.sort_values("train loss", na_position="last").iterrows():
             accuracy = row.get("best test accuracy")
             cells = (

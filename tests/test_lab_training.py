@@ -136,6 +136,13 @@ def test_accuracy_counts_the_highest_scores_and_is_recorded_where_there_are_labe
     assert frame["test accuracy"].iloc[0] == 0.8
 
 
+def test_accuracy_counts_every_label_of_a_sample():
+    x = torch.eye(4)[torch.tensor([[0, 1, 2], [3, 0, 1]])]
+    y = torch.tensor([[0, 1, 0], [3, 0, 2]])  # the last label of either sample is not the one with the highest score
+    labels = Problem("labels", nn.Identity, x, y, x, y, lambda z, y: nn.functional.cross_entropy(z.mT, y), 2)
+    assert accuracy(labels.model(seed=0), labels) == pytest.approx(4 / 6)
+
+
 def test_a_schedule_scales_every_learning_rate(problem):
     seen = []
 

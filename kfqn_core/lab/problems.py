@@ -29,7 +29,8 @@ __all__ = [
 class Problem:
     """What is trained, on what. `loss(output, target)` is a mean over samples.
 
-    Targets of an integer type are class labels, and the output holds one score a class: then accuracy means something.
+    Targets of an integer type are class labels, `[n]` or more of them a sample, `[n, ...]`. The output then has one
+    dimension more, its last, with a score for every class, and accuracy means something.
     """
 
     name: str

@@ -44,13 +44,13 @@ def evaluate(model: nn.Module, problem: Problem) -> tuple[float, float]:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, problem: Problem) -> float:
-    """The share of test samples whose label gets the highest score, in evaluation mode."""
+    """The share of test labels that get the highest score, in evaluation mode."""
     was_training = model.training
     model.eval()
     parts = zip(problem.x_test.split(1000), problem.y_test.split(1000), strict=True)
-    right = sum((model(x).argmax(1) == y).sum().item() for x, y in parts)
+    right = sum((model(x).argmax(-1) == y).sum().item() for x, y in parts)
     model.train(was_training)
-    return right / len(problem.x_test)
+    return right / problem.y_test.numel()
 
 
 def _quality(model: nn.Module, problem: Problem) -> dict[str, float]:

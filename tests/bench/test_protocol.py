@@ -2,12 +2,13 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import protocol
+from benchmarks import __main__, plots, protocol
 from benchmarks.methods import METHODS, MuonAndAdam, state_bytes
 from benchmarks.problems import TASKS, Task
 from benchmarks.protocol import Contest, best_rate, budget_steps, measures, run, score
@@ -176,6 +177,51 @@ def test_a_diverging_run_and_a_crashing_method_are_recorded():
 
 def test_rounding_keeps_five_digits_and_json():
     assert rounded({"a": [1.23456789, 3, "x"], "b": float("inf")}) == {"a": [1.2346, 3, "x"], "b": None}
+
+
+def test_a_problem_without_its_data_is_left_out_with_a_sentence(tmp_path, monkeypatch, capsys):
+    def unavailable():
+        raise ConnectionError("openml: mnist_784 is not here; connect to a network once")
+
+    monkeypatch.setitem(TASKS, "P8", Task("P8", unavailable, 10, "bernoulli"))
+    monkeypatch.setitem(TASKS, "P2", TASK)
+    for command in (["run", "--costs-only"], ["step-cost", "--turns", "3"]):
+        assert __main__.main([*command, "--problems", "P8", "P2", "--methods", "adam", "--results", str(tmp_path)]) == 0
+        said = capsys.readouterr().out
+        assert said.count("P8 is left out: openml: mnist_784 is not here; connect to a network once\n") == 1
+        assert "Traceback" not in said
+    assert not (tmp_path / "P8.jsonl").exists()
+    assert Results("P2", tmp_path).of("step cost", ADAM)
+    # A report needs results, not data.
+    monkeypatch.setattr(type(TASK), "problem", property(lambda self: unavailable()))
+    assert __main__.main(["report", "--problems", "P8", "--results", str(tmp_path)]) == 1
+
+
+def test_every_problem_that_is_trained_has_a_title():
+    assert list(plots.TITLES) == [key for key, task in TASKS.items() if task.steps is not None]
+    assert all(title.startswith(f"{key}: ") for key, title in plots.TITLES.items())
+
+
+def test_kfac_on_a_loss_of_two_terms_is_a_recorded_failure(tmp_path):
+    results = Results("P13", tmp_path)
+    assert protocol.measured_ratio(TASKS["P13"], METHODS["kfac"], results) is None
+    assert "KFAC: likelihood must be one of" in results.of("failure", METHODS["kfac"])[-1]["error"]
+
+
+@pytest.mark.parametrize("key", ["P10", "P12"])
+@pytest.mark.parametrize("name", ["kfac", "kfqn", "muon"])
+def test_text_and_squared_errors_are_measured_and_lowered(key, name, monkeypatch):
+    """Targets of several labels a sample, and of none at all."""
+    task, method = TASKS[key], METHODS[name]
+    problem = task.problem
+    few = replace(problem, x_train=problem.x_train[:2048], y_train=problem.y_train[:2048], x_test=problem.x_test[:200],
+                  y_test=problem.y_test[:200])  # fmt: skip
+    monkeypatch.setattr(Task, "problem", property(lambda self: few))
+    outcome = run(task, method, method.grid(task)[1], 2, 12)
+    assert "failed" not in outcome
+    assert outcome["train loss"] < outcome["curve"]["train loss"][0]
+    assert ("test accuracy" in outcome) == (key == "P10")
+    assert 0 <= outcome.get("test accuracy", 0) <= 1
 
 
 @pytest.mark.parametrize("name", METHODS)

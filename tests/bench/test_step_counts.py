@@ -18,11 +18,12 @@ from torch import nn
 from benchmarks.costs import described_bytes
 from benchmarks.counting import count
 from benchmarks.flops import floor_ratio, forward_backward, shapes
-from benchmarks.kfac import KFAC
+from benchmarks.kfac import KFAC, LIKELIHOODS
 from benchmarks.methods import METHODS, state_bytes
 from benchmarks.problems import TASKS
 from benchmarks.timing import stepper
 from kfqn_core import KFQN
+from kfqn_core.lab import further_problems, problems
 from kfqn_core.training.groups import Group
 
 FILE = Path(__file__).with_name("step_counts.json")
@@ -132,6 +133,36 @@ def test_kfac_equals_its_definition_in_float64(monkeypatch):
         D = torch.linalg.solve(A + 0.2 * pi * torch.eye(len(A)).double(), D.T).T
         actual = torch.cat([parts[0].flatten(1), parts[1][:, None]], 1)
         assert torch.allclose(actual, 0.5 * D, rtol=1e-9, atol=0)  # condition numbers below 1e4
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "output", "loss_fn"),
+    [
+        ("bernoulli", (3,), lambda z, y: problems.pixel_cross_entropy(z, y)),
+        ("categorical", (4,), lambda z, y: nn.functional.cross_entropy(z, y)),
+        ("categorical", (2, 4), lambda z, y: further_problems.token_cross_entropy(z, y)),
+        ("gaussian", (3,), lambda z, y: further_problems.squared_error(z, y)),
+    ],
+    ids=["pixels", "classes", "tokens", "squares"],
+)
+def test_drawn_gradients_have_the_hessian_of_the_loss_as_their_second_moment(likelihood, output, loss_fn):
+    """E[g g^T] over labels of the model is the Fisher matrix of its outputs, which is the Hessian of these losses."""
+    torch.manual_seed(0)
+    z = torch.randn(1, *output, dtype=torch.float64)
+    y = torch.zeros(1, *output[:-1], dtype=torch.long) if likelihood == "categorical" else torch.rand_like(z)
+    terms = y.numel() if likelihood == "categorical" else 1  # the loss is a mean over labels, the gradient of a sum
+    hessian = terms * torch.autograd.functional.hessian(lambda z: loss_fn(z, y), z).reshape(z.numel(), z.numel())
+    draws = LIKELIHOODS[likelihood](z.expand(40_000, *output)).flatten(1)
+    # Standard errors: entries of g have squares of at most 2, and a deviation of their products of at most 2 sqrt 2.
+    assert draws.mean(0).abs().max() < 5 * (2 / 40_000) ** 0.5
+    assert (draws.mT @ draws / 40_000 - hessian).abs().max() < 5 * (8 / 40_000) ** 0.5
+
+
+def test_kfac_says_of_a_loss_that_is_no_likelihood_that_it_is_none():
+    with pytest.raises(
+        ValueError, match=r"must be one of \['bernoulli', 'categorical', 'gaussian'\], got 'elbo'.*labels"
+    ):
+        METHODS["kfac"].build(TASKS["P13"].problem.model(0), 0.1, TASKS["P13"])
 
 
 def _differentiated(optimizer, model, x, y):
