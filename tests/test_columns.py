@@ -56,7 +56,10 @@ def test_products_are_written_where_they_are_wanted(has_bias):
     """Also into a part of something larger, of which nothing else changes."""
     W, H, e = matrix(2, 3, 5), matrix(2, 5, 5, seed=1), matrix(2, 5, seed=2)
     parts = Columns.split(W, has_bias)
-    for write, expected in ((lambda out: parts.times(H, out=out), W @ H), (lambda out: parts.scaled(e, out=out), W * e[:, None])):
+    for write, expected in (
+        (lambda out: parts.times(H, out=out), W @ H),
+        (lambda out: parts.scaled(e, out=out), W * e[:, None]),
+    ):
         whole = torch.full((40,), 7.0, dtype=F64)
         out = whole[4:34].view(2, 3, 5)
         assert write(out).data_ptr() == out.data_ptr()

@@ -1,7 +1,5 @@
 """Lengths of all directions at once against the plain forms, which say what is meant, layer by layer in float64."""
 
-import math
-
 import pytest
 import torch
 
@@ -64,7 +62,7 @@ def test_plain_forms_have_the_lengths_that_they_promise():
         assert root_mean_square == pytest.approx(0.2, rel=1e-14)
         rows = length.normalised_rows(D).norm(dim=-1)
         norms = D.norm(dim=-1)
-        expected = 0.2 * math.sqrt(D.shape[-1]) * norms / (norms + 1e-3 * norms.mean())
+        expected = length.ROW * norms / (norms + 1e-3 * norms.mean())
         assert relative_error(rows, expected) < 1e-14
 
 

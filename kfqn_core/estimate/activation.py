@@ -160,9 +160,7 @@ class ActivationFactor:
         update_together([self], [statistics], [where])
 
 
-def update_together(
-    factors: Sequence[Activation], statistics: Sequence[Statistics], where: Sequence[Tensor]
-) -> None:
+def update_together(factors: Sequence[Activation], statistics: Sequence[Statistics], where: Sequence[Tensor]) -> None:
     """`update` of the factors of several groups of layers; pairs of all that have one are taken in together."""
     pairs, inverses, keep = [], [], []
     for factor, batch, own in zip(factors, statistics, where, strict=True):

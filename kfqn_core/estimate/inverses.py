@@ -82,9 +82,7 @@ def append_together(
     """
     if not inverses:
         return
-    each = [
-        inner_products(s, times(inverse.H, y), y, v) for inverse, (s, y, v) in zip(inverses, pairs, strict=True)
-    ]
+    each = [inner_products(s, times(inverse.H, y), y, v) for inverse, (s, y, v) in zip(inverses, pairs, strict=True)]
     products = torch.cat([of_pairs for _, of_pairs in each])  # [sum of B, 4, 4]
     traces = torch.cat([trace(inverse.H) for inverse in inverses])
     C, largest = two_squares(products, traces.dtype)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+
 class Columns(NamedTuple):
     """`[W | b]`: `W` `[..., d_out, d]`, and `b` `[..., d_out, 1]` or None where there is no bias."""
 

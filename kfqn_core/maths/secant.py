@@ -88,8 +88,8 @@ def two_squares(products: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     # Below its own rounding errors the square of a length tells nothing: too long is harmless, too short is not.
     length_l = (c * c * ss - 2 * c * sHy + HyHy).clamp_min(16 * torch.finfo(products.dtype).eps * c * c * ss).sqrt()
     length_r = ss.sqrt() / sy
-    # l r^T + r l^T = p p^T - q q^T with p, q = (a l +- r / a) / sqrt 2 for every a. This one makes a l as long as r / a,
-    # or the difference would lose digits.
+    # l r^T + r l^T = p p^T - q q^T with p, q = (a l +- r / a) / sqrt 2 for every a. This one makes a l and r / a
+    # equally long, or the difference would lose digits.
     a = (length_r / length_l).sqrt()
     of_s, of_r = a * c, 1 / (a * sy)
     C = torch.stack([of_s + of_r, -a, of_s - of_r, -a], dim=-1).unflatten(-1, (2, 2)) * math.sqrt(0.5)

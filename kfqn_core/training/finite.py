@@ -20,7 +20,7 @@ EVERY = 10  # steps between two questions to a device
 
 def all_finite(
     params: Sequence[nn.Parameter], loss: Any, grad_scale: Tensor | None, found_inf: Tensor | None, device: torch.device
-) -> Tensor:
+) -> tuple[Tensor, dict[int, Tensor]]:
     """Whether a step is to be taken; gradients are freed of the scale of the loss on the way.
 
     Args:
@@ -31,13 +31,18 @@ def all_finite(
         device: of the answer.
 
     Returns:
-        Bool scalar: whether all gradients are finite, the loss is, and no infinity was found.
+        Bool scalar: whether all gradients are finite, the loss is, and no infinity was found. And the lengths of the
+        gradients, scalars by the `id` of their parameters.
     """
     gradients: dict[Any, list[Tensor]] = {}
+    owners: dict[Any, list[int]] = {}
+    lengths: dict[int, Tensor] = {}
     for p in params:
         assert p.grad is not None
         grad = torch.view_as_real(p.grad) if p.grad.is_complex() else p.grad
-        gradients.setdefault((grad.device, grad.dtype), []).append(grad)
+        key = grad.device, grad.dtype
+        gradients.setdefault(key, []).append(grad)
+        owners.setdefault(key, []).append(id(p))
     flags = [] if found_inf is None else [(found_inf == 0).all().to(device)]
     for (where, dtype), of in gradients.items():
         if grad_scale is not None:  # by GradScaler's own operation
@@ -46,14 +51,15 @@ def all_finite(
         # Of half precision in float32, whose squares do not overflow. Where those of float32 do, no direction would be
         # finite either.
         norms = torch._foreach_norm(of, 2, dtype=torch.promote_types(dtype, torch.float32))
+        lengths.update(zip(owners[where, dtype], norms, strict=True))
         flags.append((torch.stack(norms) < torch.inf).all().to(device))
     if isinstance(loss, Tensor):
         flags.append(torch.isfinite(loss.detach()).all().to(device))
     elif isinstance(loss, float):
         flags.append(torch.full((), math.isfinite(loss), device=device))
     if not flags:
-        return torch.ones((), dtype=torch.bool, device=device)
-    return flags[0] if len(flags) == 1 else torch.stack(flags).all()
+        return torch.ones((), dtype=torch.bool, device=device), lengths
+    return flags[0] if len(flags) == 1 else torch.stack(flags).all(), lengths
 
 
 class Skips:

@@ -13,7 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-STEP = 0.2  # root mean square of the change of a weight, in units of the rate
+STEP = 0.2  # root mean square of the change of a weight, in units of the rate: one length per layer
+# Length of the change of a row, in units of the rate. The same for every width, as is the length of the rows that
+# networks begin with: one rate fits narrow and wide layers (benchmarks/NOTES.md).
+ROW = 3.0
+DEEP = 12  # layers from which on a step is shorter: the changes of all of them add up, as a random walk does
 # Of the mean length of the rows of D: a unit whose gradient is smaller than that is hardly used, and moves less.
 ROW_FLOOR = 1e-3
 SHORTEST = 1e-19  # a shorter direction counts as none: divided by its length it would be infinite in float32
@@ -30,9 +34,12 @@ def normalised(D: Tensor) -> Tensor:
 
 
 def normalised_rows(D: Tensor) -> Tensor:
-    """Every row of D, the weights of one output unit, to the length `0.2 sqrt(d_in)`, but for units hardly used."""
+    """Every row of D, the weights of one output unit, to the length `ROW`, but for units hardly used.
+
+    The rate that the optimizer multiplies by may be shorter than the user's: see `steadiness` and `DEEP`.
+    """
     norms = D.norm(dim=-1, keepdim=True)
-    return D * (STEP * math.sqrt(D.shape[-1]) / (norms + ROW_FLOOR * norms.mean()).clamp_min(SHORTEST))
+    return D * (ROW / (norms + ROW_FLOOR * norms.mean()).clamp_min(SHORTEST))
 
 
 class Lengths:
@@ -54,21 +61,16 @@ class Lengths:
         self._layer = torch.tensor(index, device=like.device)  # [rows]
         self._floor = like.new_tensor([ROW_FLOOR / rows for rows, _ in layers])  # [layers], times a sum of lengths
         self._of_layers = like.new_tensor([1 / (STEP * math.sqrt(rows * d_in)) for rows, d_in in layers])  # [layers]
-        of_rows = np.repeat([1 / (STEP * math.sqrt(d_in)) for _, d_in in layers], rows_of_layers)
-        self._of_rows = like.new_tensor(of_rows.tolist())  # [rows]
+        self.rows = sum(self._rows)  # of all directions together
 
-    @property
-    def rows(self) -> int:
-        """Of all directions together."""
-        return len(self._of_rows)
-
-    def divisors(self, norms: Tensor, step_length: str) -> Tensor:
+    def divisors(self, norms: Tensor, step_length: str, depth: int = 1) -> Tensor:
         """What every row is divided by at a unit rate, so that the quotient is the plain form of that name.
 
         Args:
             norms: `[rows]`, the lengths of the rows of the directions of all groups, one group after the other. They
                 are written over.
             step_length: `"raw"`, `"normalised"` or `"normalised_rows"`.
+            depth: layers of the whole model: of more than `DEEP` rows are shortened.
 
         Returns:
             `[rows]`.
@@ -79,7 +81,15 @@ class Lengths:
             sizes = self._sums(norms.square_()).sqrt_().clamp_min_(SHORTEST).mul_(self._of_layers)  # [layers]
             return sizes.index_select(0, self._layer)
         floors = self._sums(norms).mul_(self._floor)  # [layers]
-        return norms.add_(floors.index_select(0, self._layer)).clamp_min_(SHORTEST).mul_(self._of_rows)
+        return (
+            norms.add_(floors.index_select(0, self._layer))
+            .clamp_min_(SHORTEST)
+            .mul_(math.sqrt(max(1.0, depth / DEEP)) / ROW)
+        )
+
+    def rows_of(self, layers: Tensor) -> Tensor:
+        """`[layers]` for every row, `[rows]`."""
+        return layers.index_select(0, self._layer)
 
     def _sums(self, rows: Tensor) -> Tensor:
         """`[rows]` summed over the rows of every layer, `[layers]`."""

@@ -20,6 +20,7 @@ from kfqn_core.layers import LayerView
 from kfqn_core.maths.columns import Columns
 from kfqn_core.training.groups import Group
 from kfqn_core.training.length import Lengths
+from kfqn_core.training.steadiness import Steadiness
 
 Settings = Sequence[Mapping[str, Any]]
 Indices = tuple[int, int]
@@ -31,12 +32,14 @@ class Moves:
     Args:
         groups: each with the indices of the parameter groups of its weights and of its biases. Their `M` becomes views
             of flat tensors that are owned here.
+        depth: how many layers the whole plan has.
         bench: shared with the other moves of a plan, which come one after the other; None where the groups are large,
             and what a step writes is better given back at once.
     """
 
-    def __init__(self, groups: Sequence[tuple[Group, Indices]], bench: Bench | None = None):
+    def __init__(self, groups: Sequence[tuple[Group, Indices]], depth: int = 1, bench: Bench | None = None):
         self._groups, self._bench = groups, bench
+        self._depth = depth
         self._workspaces: dict[tuple[int, ...], _Workspace] = {}
         members: dict[tuple[Any, ...], list[tuple[Group, int]]] = {}
         for group, indices in groups:
@@ -44,8 +47,13 @@ class Moves:
                 if part is not None:
                     members.setdefault((indices[side], part.dtype, part.device), []).append((group, side))
         self._flats = [(key[0], _flattened(of), _in_order(of)) for key, of in members.items()]
+        alike: dict[Any, list[Group]] = {}
+        for group, _ in groups:
+            if group.steady is not None:
+                alike.setdefault((group.M.W.dtype, group.M.W.device), []).append(group)
+        self._steady = {key: (_steadiness(of), of) for key, of in alike.items()}
 
-    def average(self, settings: Settings, finite: Tensor) -> None:
+    def average(self, settings: Settings, finite: Tensor, lengths: Mapping[int, Tensor]) -> None:
         """`M <- momentum M + (1 - momentum) ([dW | db] + weight_decay [W | b])` where `finite` holds.
 
         A parameter without gradient keeps its momentum. A decoupled decay is no part of M.
@@ -53,7 +61,12 @@ class Moves:
         Args:
             settings: the parameter groups of the optimizer.
             finite: bool scalar.
+            lengths: of the gradients, by the `id` of their parameters.
         """
+        of_weights = {id(group): index for group, (index, _) in self._groups}
+        for steadiness, groups in self._steady.values():
+            momentum = [settings[of_weights[id(group)]]["momentum"] for group in groups for _ in group.layers]
+            steadiness.observe(lengths, momentum, finite)
         for index, flat, members in self._flats:
             of = settings[index]
             # Where there is no gradient stands the momentum, which then stays.
@@ -79,21 +92,40 @@ class Moves:
             rates = {i: (taken * settings[i]["lr"]).reshape(()) for i in {i for _, indices in members for i in indices}}
             for i, rate in rates.items():
                 self._decay(i, rate, members, settings[i])
-            self._move(members, rates)
+            self._move(members, rates, {i: settings[i]["peak_lr"] for i in rates})
 
-    def _move(self, members: list[tuple[Group, Indices]], rates: Mapping[int, Tensor]) -> None:
+    def _move(
+        self, members: list[tuple[Group, Indices]], rates: Mapping[int, Tensor], peaks: Mapping[int, float | Tensor]
+    ) -> None:
         space = self._workspace(members)
         for (group, _), D, norms in zip(members, space.directions, space.norms_of, strict=True):
             torch.linalg.vector_norm(group.direction(D), dim=-1, out=norms)
-        units = space.lengths.divisors(space.norms, members[0][0].options.step_length)
-        # Where the step is skipped the rate is zero, and what D is divided by infinite.
-        divisors = {i: space.lengths.by_group(units / rate) for i, rate in rates.items()}
+        units = space.lengths.divisors(space.norms, members[0][0].options.step_length, self._depth)
+        shares = self._shares([group for group, _ in members])
+        divisors = {}
+        for i, rate in rates.items():
+            if shares is not None:
+                rate = space.lengths.rows_of(torch.minimum(rate, shares * peaks[i]))
+            # Where the step is skipped the rate is zero, and what D is divided by infinite.
+            divisors[i] = space.lengths.by_group(units / rate)
         for k, (_, indices) in enumerate(members):
             for side, (part, step) in enumerate(zip(space.parts[k], space.steps[k], strict=True)):
                 if part is not None:
                     torch.div(part, divisors[indices[side]][k], out=step)
         moving = [(p, step()) for p, step in space.as_parameters if p.grad is not None]
         torch._foreach_sub_([p for p, _ in moving], [step for _, step in moving])
+
+    def _shares(self, groups: Sequence[Group]) -> Tensor | None:
+        """Of the largest rate, what the layers of these groups may take, `[layers]`; None if all of it."""
+        place = self._steady.get((groups[0].M.W.dtype, groups[0].M.W.device))
+        if place is None:
+            return None
+        steadiness, of_groups = place
+        shares = steadiness.shares()
+        if len(groups) == len(of_groups):
+            return shares
+        parts = dict(zip(map(id, of_groups), shares.split([len(group.layers) for group in of_groups]), strict=True))
+        return torch.cat([parts[id(group)] for group in groups])
 
     def _workspace(self, members: list[tuple[Group, Indices]]) -> _Workspace:
         if self._bench is None:
@@ -174,6 +206,25 @@ def _flattened(members: list[tuple[Group, int]]) -> Tensor:
         part = part.view_as(group.momentum(side))
         group.M = group.M._replace(b=part) if side else group.M._replace(W=part)
     return flat
+
+
+def _steadiness(groups: Sequence[Group]) -> Steadiness:
+    """That of several groups, of which they get views in their place."""
+    kept = torch.cat([group.steady for group in groups if group.steady is not None])
+    for group, part in zip(groups, kept.split([len(group.layers) for group in groups]), strict=True):
+        group.steady = part
+    layers = [layer for group in groups for layer in group.layers]
+    momenta = [
+        [
+            group.momentum(side)[group.rows(i)]
+            for group in groups
+            for i in range(len(group.layers))
+            if group.M[side] is not None
+        ]
+        for side in (0, 1)
+    ]
+    biases = {i: layer.bias for i, layer in enumerate(layers) if layer.bias is not None}
+    return Steadiness(kept, [layer.weight for layer in layers], biases, [*momenta[0], *momenta[1]])
 
 
 def _in_order(members: list[tuple[Group, int]]) -> list[tuple[nn.Parameter, Callable[[Tensor], Tensor], Tensor]]:

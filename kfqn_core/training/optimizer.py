@@ -22,7 +22,7 @@ from kfqn_core.training.finite import Skips, all_finite, note_scale
 from kfqn_core.training.groups import Layer, update
 from kfqn_core.training.options import Options, check_group, refreshes
 from kfqn_core.training.pairs import SamePoint, source
-from kfqn_core.training.parameters import follow, groups_of, refuse_sparse, require_model
+from kfqn_core.training.parameters import follow, follow_peaks, groups_of, refuse_sparse, require_model
 from kfqn_core.training.plan import Plan
 from kfqn_core.training.report import judge_coverage, say_unseen, summary
 from kfqn_core.training.warm_start import warm_start
@@ -46,7 +46,7 @@ class KFQN(torch.optim.Optimizer):
             with the group's `lr` as Adam's. `None` is every parameter that the model has, now or later.
         momentum: weight of the past in the running average of the gradient (not bias-corrected). The heavy ball
             `M <- momentum M + G` takes the same raw steps at the rate `lr (1 - momentum)`, the same normalised ones
-            at the same rate.
+            (of full length) at the same rate.
         weight_decay: tau.
         decoupled_weight_decay: multiply parameters by `1 - lr tau`; else `tau [W | b]` is added to the gradient.
         fallback_lr: Adam's rate for parameters without factors. It follows the schedule of `lr`: it is multiplied by
@@ -139,7 +139,9 @@ class KFQN(torch.optim.Optimizer):
         if not merged["curvature"] and "lr" not in param_group:
             merged["lr"] = merged["fallback_lr"]
         check_group(merged)
-        super().add_param_group({**merged, "base_lr": float(merged["lr"]), **dict.fromkeys(checkpoint.COUNTERS, 0)})
+        peak = merged["lr"].clone() if isinstance(merged["lr"], Tensor) else merged["lr"]
+        begun = {"base_lr": float(merged["lr"]), "peak_lr": peak, **dict.fromkeys(checkpoint.COUNTERS, 0)}
+        super().add_param_group({**merged, **begun})
 
     def warm_start(self, batches: Iterable[Any]) -> None:
         """Estimate every `A` from `batches` before the first step, as the 2020 method does over the whole training set.
@@ -177,8 +179,10 @@ class KFQN(torch.optim.Optimizer):
         moving = self._prepare(records)
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         note_scale(self.plan, records, scale, found_inf)
-        finite = self._ranks.all(all_finite(moving, loss, scale, found_inf, self._skips.counts.device))
+        finite, lengths = all_finite(moving, loss, scale, found_inf, self._skips.counts.device)
+        finite = self._ranks.all(finite)
         self._skips.count(finite)
+        follow_peaks(self.param_groups)
         average = self._steps > 0 or not self._warm_started  # a warm-started A sits the first step out
 
         with self._no_autocast():
@@ -186,7 +190,7 @@ class KFQN(torch.optim.Optimizer):
             for group, batch in batches.items():
                 group.observe(batch, finite.to(group.started.device), average=average)
             for moves in self.plan.moves:
-                moves.average(self.param_groups, finite)  # M <- mu M + (1 - mu) (G + tau W)
+                moves.average(self.param_groups, finite, lengths)  # M <- mu M + (1 - mu) (G + tau W)
                 moves.move(self.param_groups, finite)  # D = H_g M H_a; W <- W - lr length(D)
             for params, settings in zip(self.plan.rest, self.param_groups, strict=True):
                 self.fallback.move([p for p in params if p.grad is not None], settings, finite)

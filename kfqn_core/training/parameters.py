@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -69,3 +70,15 @@ def follow(
         groups[0]["params"] = [p for p in model.parameters() if id(p) not in others]
         groups[0].pop("param_names", None)
     return replaced
+
+
+def follow_peaks(groups: Sequence[dict[str, Any]]) -> None:
+    """Keep the largest rate that every parameter group has had so far, a number or a tensor as the rate is."""
+    for group in groups:
+        rate, peak = group["lr"], group["peak_lr"]
+        if isinstance(peak, Tensor):
+            peak.copy_(torch.maximum(peak, torch.as_tensor(rate, dtype=peak.dtype, device=peak.device)))
+        elif isinstance(rate, Tensor):
+            group["peak_lr"] = rate.clone().clamp_min_(peak)
+        else:
+            group["peak_lr"] = max(peak, rate)

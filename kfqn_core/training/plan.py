@@ -221,7 +221,9 @@ class Plan:
 
     def state_numbers(self, fallback: Fallback) -> int:
         """Bytes of everything that lives from one step to the next."""
-        layers = [t for group, _ in self.groups for t in (*group.tensors().values(), *group.M, group.started)]
+        layers = [
+            t for group, _ in self.groups for t in (*group.tensors().values(), *group.M, group.started, group.steady)
+        ]
         rest = [t for params in self.rest for p in params for t in fallback.state[p].values()]
         return sum(t.numel() * t.element_size() for t in (*layers, *rest) if isinstance(t, Tensor))
 
@@ -245,9 +247,10 @@ def _moves(groups: Sequence[tuple[Group, tuple[int, int]]]) -> list[Moves]:
             numbers = 0
         together[-1].append((group, indices))
         numbers += size
-    bench = Bench()
+    bench, depth = Bench(), sum(len(group.layers) for group, _ in groups)
     return [
-        Moves(some, bench if sum(math.prod(group.size) for group, _ in some) <= LARGE else None) for some in together
+        Moves(some, depth, bench if sum(math.prod(group.size) for group, _ in some) <= LARGE else None)
+        for some in together
     ]
 
 

@@ -1,0 +1,187 @@
+"""How long a step may be by what its average keeps of the gradient: against plain formulas, and what it is for."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from kfqn_core import KFQN
+from kfqn_core.lab.checks import relative_error
+from kfqn_core.training import length, steadiness
+
+F64 = torch.float64
+EVERYWHERE = torch.tensor(True)
+
+
+def share_after(gradients, mu=0.9):
+    """By its definition, with sums over the past in place of running ones: `[layers]` of `[steps, layers, n]`."""
+    steps = len(gradients)
+    weights = torch.tensor([mu ** (steps - 1 - t) for t in range(steps)], dtype=F64)
+    weights = (weights / weights.sum())[:, None]
+    mean = (weights[..., None] * gradients).sum(0).norm(dim=-1)
+    root_mean_square = (weights * gradients.square().sum(-1)).sum(0).sqrt()
+    return (mean / root_mean_square / steadiness.KEPT).clamp_max(1.0)
+
+
+def with_one(squares):
+    return torch.stack([squares, torch.ones_like(squares)], dim=1)
+
+
+def kept_after(gradients, mu=0.9):
+    kept = torch.zeros(gradients.shape[1], steadiness.COLUMNS, dtype=F64)
+    M = torch.zeros_like(gradients[0])
+    for G in gradients:
+        steadiness.observe(kept, with_one(G.square().sum(-1)), mu, EVERYWHERE)
+        M = mu * M + (1 - mu) * G
+    return kept, M.square().sum(-1)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 30])
+def test_share_is_its_definition_without_bias(steps):
+    generator = torch.Generator().manual_seed(steps)
+    gradients = torch.randn(steps, 3, 5, generator=generator, dtype=F64) + torch.tensor([0.0, 0.3, 3.0])[:, None]
+    found = steadiness.shares(*kept_after(gradients))
+    assert relative_error(found, share_after(gradients)) < 1e-14
+
+
+def test_a_gradient_that_stays_gives_full_steps_and_noise_what_an_average_keeps_of_it():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(200, 1, 20_000, generator=generator, dtype=F64)
+    found = steadiness.shares(*kept_after(torch.cat([torch.ones_like(noise), noise], dim=1)))
+    assert found[0] == 1.0
+    # sqrt(0.1 / 1.9) = 0.2294; the sum over 20,000 entries has a deviation of half a percent.
+    assert found[1].item() == pytest.approx(math.sqrt(0.1 / 1.9) / steadiness.KEPT, rel=0.02)
+
+
+def test_the_scale_of_gradients_does_not_matter():
+    gradients = torch.randn(10, 4, 6, generator=torch.Generator().manual_seed(1), dtype=F64)
+    scales = torch.tensor([1e-12, 1.0, 1e12, 1e3], dtype=F64)[:, None]
+    expected = steadiness.shares(*kept_after(gradients))
+    assert relative_error(steadiness.shares(*kept_after(scales * gradients)), expected) < 1e-13
+
+
+def test_where_nothing_was_seen_steps_have_their_full_length():
+    kept, zeros = torch.zeros(2, steadiness.COLUMNS), torch.zeros(2)
+    assert steadiness.shares(kept, zeros.clone()).tolist() == [1.0, 1.0]
+    steadiness.observe(kept, with_one(zeros), 0.9, EVERYWHERE)  # gradients of a dead layer
+    assert steadiness.shares(kept, torch.zeros(2)).tolist() == [1.0, 1.0]
+    steadiness.observe(kept, with_one(torch.ones(2)), 0.9, EVERYWHERE)  # which comes alive
+    assert (kept[:, 0] > 0).all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_to_be_seen_changes_nothing(bad):
+    kept = torch.rand(3, steadiness.COLUMNS, generator=torch.Generator().manual_seed(0)) + 0.1
+    squares = torch.tensor([1.0, bad, 2.0])
+    where = torch.tensor([[True], [False], [False]])
+    before = kept.clone()
+    steadiness.observe(kept, with_one(squares), 0.9, where)
+    assert torch.equal(kept[1:], before[1:])
+    assert not torch.equal(kept[0], before[0])
+
+
+class Layers(nn.Module):
+    """Two layers of one shape and one of another, with and without bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
+        self.c = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+
+def noisy_run(steps, lr=0.03, schedule=lambda t: 1.0, **options):
+    """How long the step of every weight's rows was, `[steps]` by layer, in units of `ROW`."""
+    torch.manual_seed(0)
+    model = Layers().double()
+    optimizer = KFQN(model, lr=lr, activation_factor="action", **options)
+    generator = torch.Generator().manual_seed(1)
+    lengths = {name: [] for name in "abc"}
+    for t in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * schedule(t)
+        before = copy.deepcopy(model)
+        optimizer.zero_grad()
+        x = torch.randn(8, 4, generator=generator, dtype=F64)
+        (model(x) * torch.randn(8, 3, generator=generator, dtype=F64)).sum(1).mean().backward()
+        optimizer.step()
+        for name in lengths:
+            new, old = getattr(model, name), getattr(before, name)
+            rows = (new.weight - old.weight).square().sum(1)
+            if new.bias is not None:
+                rows = rows + (new.bias - old.bias).square()
+            lengths[name].append(rows.sqrt().max().item() / length.ROW)
+    return model, optimizer, lengths
+
+
+def test_steps_led_by_noise_are_shorter_layer_by_layer():
+    _, optimizer, lengths = noisy_run(40)
+    for name, layer in optimizer.layers.items():
+        group, i = optimizer.plan.places[name]
+        share = steadiness.shares(group.steady[i : i + 1], layer.M.square().sum().reshape(1)).item()
+        assert share < 0.9
+        assert lengths[name][-1] == pytest.approx(0.03 * share, rel=2e-3)  # rows hardly shorter by the floor
+    assert all(0.027 < of_layer[0] < 0.03 for of_layer in lengths.values())  # the first step is a full one
+
+
+def test_a_schedule_that_has_shortened_steps_is_followed_as_it_is():
+    """The rate is the lesser of the schedule's and of what the gradient's steadiness leaves of the largest so far."""
+    _, _, constant = noisy_run(40)
+    _, _, dropped = noisy_run(40, schedule=lambda t: 1.0 if t < 39 else 1e-3)
+    for name, of_layer in dropped.items():
+        assert of_layer[:39] == constant[name][:39]
+        assert 0.9e-3 * 0.03 < of_layer[39] < 1e-3 * 0.03
+
+
+def test_the_largest_rate_counts_also_as_a_tensor_and_is_not_the_users():
+    rate = torch.tensor(0.03)
+    model = nn.Linear(3, 2)
+    optimizer = KFQN(model, lr=rate)
+    for value, peak in ((0.03, 0.03), (0.3, 0.3), (0.01, 0.3)):
+        rate.fill_(value)
+        model(torch.randn(4, 3)).sum().backward()
+        optimizer.step()
+        assert optimizer.param_groups[0]["peak_lr"].item() == pytest.approx(peak)
+        assert rate.item() == pytest.approx(value)
+
+
+def test_deep_networks_take_shorter_steps():
+    def first_step(layers):
+        torch.manual_seed(0)
+        model = nn.Sequential(*[nn.Linear(4, 4, bias=False) for _ in range(layers)]).double()
+        for layer in model:
+            nn.init.orthogonal_(layer.weight)
+        before = copy.deepcopy(model)
+        optimizer = KFQN(model, lr=0.03, activation_factor="action")
+        model(torch.randn(8, 4, dtype=F64)).square().sum(1).mean().backward()
+        optimizer.step()
+        return (model[-1].weight - before[-1].weight).norm(dim=1).max().item()
+
+    assert first_step(2) == pytest.approx(first_step(length.DEEP), rel=0.1)
+    assert first_step(4 * length.DEEP) == pytest.approx(first_step(length.DEEP) / 2, rel=0.1)
+
+
+def test_what_was_kept_is_saved_and_loaded():
+    model, optimizer, _ = noisy_run(12)
+    twin = copy.deepcopy(model)
+    other = KFQN(twin, lr=0.03, activation_factor="action")
+    other.load_state_dict(optimizer.state_dict())
+    x = torch.randn(8, 4, dtype=F64)
+    for m, o in ((model, optimizer), (twin, other)):
+        o.zero_grad()
+        m(x).square().sum(1).mean().backward()
+        o.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_layers_without_a_gradient_keep_what_they_had():
+    model, optimizer, _ = noisy_run(5)
+    group, i = optimizer.plan.places["c"]
+    before = group.steady[i].clone()
+    optimizer.zero_grad()
+    torch.tanh(model.b(torch.tanh(model.a(torch.randn(8, 4, dtype=F64))))).sum(1).mean().backward()
+    optimizer.step()
+    assert torch.equal(group.steady[i], before)
