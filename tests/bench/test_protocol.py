@@ -192,9 +192,16 @@ def test_a_problem_without_its_data_is_left_out_with_a_sentence(tmp_path, monkey
         assert "Traceback" not in said
     assert not (tmp_path / "P8.jsonl").exists()
     assert Results("P2", tmp_path).of("step cost", ADAM)
-    # A report needs results, not data.
-    monkeypatch.setattr(type(TASK), "problem", property(lambda self: unavailable()))
-    assert __main__.main(["report", "--problems", "P8", "--results", str(tmp_path)]) == 1
+
+
+def test_a_report_needs_results_and_no_data(tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS, "P2", TASK)
+    results = Results("P2", tmp_path)
+    results.add("step cost", ADAM, to_adam={"value": 1.0, "low": 1.0, "high": 1.0}, bytes_to_adam=1.0)
+    list(Contest(TASK, ADAM, results, 1, 1, ("wall",), ratio=1.0).play())
+    monkeypatch.delattr(Task, "problem")
+    assert __main__.main(["report", "--problems", "P2", "--methods", "adam", "--results", str(tmp_path)]) == 0
+    assert f"## {plots.TITLES['P2']}: 1x, equal wall time, 1 seeds" in (tmp_path / "tables.md").read_text()
 
 
 def test_every_problem_that_is_trained_has_a_title():
