@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from benchmarks.kfac import KFAC
 from benchmarks.problems import Task
 from kfqn_core import KFQN, presets
+from kfqn_core.training import length, steadiness
 from kfqn_core.training.options import Options
 
 __all__ = ["METHODS", "Method", "state_bytes"]
@@ -66,6 +67,14 @@ class Method:
         Of KFQN all options, so that results of an earlier default are not taken for those of the present one.
         """
         settings = {**DEFAULTS, **self.settings} if self.constructor is KFQN else self.settings
+        if settings.get("step_length") == "normalised_rows":
+            settings = {
+                **settings,
+                "row": length.ROW,
+                "deep": length.DEEP,
+                "thin": length.THIN,
+                "kept": steadiness.KEPT,
+            }
         return {key: value if isinstance(value, int | float | str | None) else str(value)
                 for key, value in sorted(settings.items()) if key != "lr"}  # fmt: skip
 
@@ -135,7 +144,7 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
 
 
 LADDER = (0.001, 0.003, 0.01, 0.03)
-NORMALISED = (0.01, 0.03, 0.1, 0.3)  # steps whose root mean square is 0.2 lr, whatever the gradient
+NORMALISED = (0.01, 0.03, 0.1, 0.3)  # steps whose length is that of the rate, whatever the gradient
 RAW = (0.03, 0.1, 0.3, 1.0)
 
 

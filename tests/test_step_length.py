@@ -42,3 +42,41 @@ def test_a_wide_layer_without_gradient_stays(step_length):
     (0.0 * model(torch.randn(3, 20_000))).sum().backward()
     optimizer.step()
     assert torch.equal(nn.utils.parameters_to_vector(model.parameters()), before)
+
+
+def change_of_hidden_layers(width):
+    """Root mean square change of the pre-activations of two hidden layers per step, a mean over ten steps."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(16, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),
+        nn.Linear(width, 4),
+    )  # fmt: skip
+    optimizer = KFQN(model, lr=0.03)
+    x = torch.randn(256, 16)
+    y = (x @ torch.randn(16, 4)).argmax(1)
+
+    def hidden():
+        seen = [x]
+        with torch.no_grad():
+            for layer in model:
+                seen.append(layer(seen[-1]))
+        return torch.stack([seen[3], seen[5]])  # of the second and the third layer, [2, n, width]
+
+    changes = torch.zeros(2)
+    for _ in range(10):
+        before = hidden()
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        changes += (hidden() - before).square().mean((1, 2)).sqrt() / 10
+    return changes
+
+
+def test_hidden_layers_change_alike_whatever_their_width():
+    """One rate for narrow and wide layers: measured are factors of 1.4 and 2.0 between widths of 32 and 512.
+
+    With rows of the length `sqrt(d_in)` they are 3.6 and 10.
+    """
+    ratio = change_of_hidden_layers(512) / change_of_hidden_layers(32)
+    assert ratio.max() < 2.5
+    assert ratio.min() > 0.5

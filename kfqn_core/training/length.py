@@ -17,6 +17,9 @@ STEP = 0.2  # root mean square of the change of a weight, in units of the rate: 
 # Length of the change of a row, in units of the rate. The same for every width, as is the length of the rows that
 # networks begin with: one rate fits narrow and wide layers (benchmarks/NOTES.md).
 ROW = 3.0
+# Inputs for each output from which on rows are shorter: few units with many inputs change by more than their rows do,
+# since all inputs that changed act on them together (chapter 13).
+THIN = 8
 DEEP = 12  # layers from which on a step is shorter: the changes of all of them add up, as a random walk does
 # Of the mean length of the rows of D: a unit whose gradient is smaller than that is hardly used, and moves less.
 ROW_FLOOR = 1e-3
@@ -33,13 +36,18 @@ def normalised(D: Tensor) -> Tensor:
     return D * (STEP * math.sqrt(D.numel()) / D.norm().clamp_min(SHORTEST))
 
 
+def row_length(d_out: int, d_in: int) -> float:
+    """Of a row at the rate one: `ROW`, or less in a layer of few outputs with many inputs."""
+    return ROW * min(1.0, math.sqrt(THIN * d_out / d_in))
+
+
 def normalised_rows(D: Tensor) -> Tensor:
-    """Every row of D, the weights of one output unit, to the length `ROW`, but for units hardly used.
+    """Every row of D, the weights of one output unit, to the length `row_length`, but for units hardly used.
 
     The rate that the optimizer multiplies by may be shorter than the user's: see `steadiness` and `DEEP`.
     """
     norms = D.norm(dim=-1, keepdim=True)
-    return D * (ROW / (norms + ROW_FLOOR * norms.mean()).clamp_min(SHORTEST))
+    return D * (row_length(*D.shape[-2:]) / (norms + ROW_FLOOR * norms.mean()).clamp_min(SHORTEST))
 
 
 class Lengths:
@@ -61,6 +69,8 @@ class Lengths:
         self._layer = torch.tensor(index, device=like.device)  # [rows]
         self._floor = like.new_tensor([ROW_FLOOR / rows for rows, _ in layers])  # [layers], times a sum of lengths
         self._of_layers = like.new_tensor([1 / (STEP * math.sqrt(rows * d_in)) for rows, d_in in layers])  # [layers]
+        of_rows = np.repeat([1 / row_length(d_out, d_in) for L, _, d_out, d_in in sizes], self._rows)
+        self._of_rows = like.new_tensor(of_rows.tolist())  # [rows]
         self.rows = sum(self._rows)  # of all directions together
 
     def divisors(self, norms: Tensor, step_length: str, depth: int = 1) -> Tensor:
@@ -81,11 +91,8 @@ class Lengths:
             sizes = self._sums(norms.square_()).sqrt_().clamp_min_(SHORTEST).mul_(self._of_layers)  # [layers]
             return sizes.index_select(0, self._layer)
         floors = self._sums(norms).mul_(self._floor)  # [layers]
-        return (
-            norms.add_(floors.index_select(0, self._layer))
-            .clamp_min_(SHORTEST)
-            .mul_(math.sqrt(max(1.0, depth / DEEP)) / ROW)
-        )
+        norms.add_(floors.index_select(0, self._layer)).clamp_min_(SHORTEST)
+        return norms.mul_(self._of_rows if depth <= DEEP else self._of_rows * math.sqrt(depth / DEEP))
 
     def rows_of(self, layers: Tensor) -> Tensor:
         """`[layers]` for every row, `[rows]`."""

@@ -24,6 +24,7 @@ from benchmarks.problems import TASKS
 from benchmarks.timing import stepper
 from kfqn_core import KFQN
 from kfqn_core.lab import further_problems, problems
+from kfqn_core.training import length
 from kfqn_core.training.groups import Group
 
 FILE = Path(__file__).with_name("step_counts.json")
@@ -61,12 +62,12 @@ def test_a_step_does_no_more_than_it_did(problem, method):
 
 def test_a_slower_step_is_seen(monkeypatch):
     direction = Group.direction
-    monkeypatch.setattr(Group, "direction", lambda self: (direction(self), direction(self))[1])
+    monkeypatch.setattr(Group, "direction", lambda self, out=None: (direction(self), direction(self, out))[1])
     assert "flops" in excess("P2", "kfqn", freshly_counted("P2", "kfqn"))
 
 
 def test_every_unit_moves_by_its_normalised_length():
-    """The root mean square of a step is 0.2 lr for every output unit, whatever the gradient is (chapter 13)."""
+    """The first step of every output unit has the length 3 lr, whatever gradient and width are (chapter 13)."""
     problem = TASKS["P3"].problem
     model = problem.model(0)
     optimizer = KFQN(model, lr=0.01)
@@ -75,12 +76,12 @@ def test_every_unit_moves_by_its_normalised_length():
     optimizer.step()
     for name, layer in optimizer.layers.items():
         weight, bias = (p - before[f"{name}.{part}"] for part, p in (("weight", layer.weight), ("bias", layer.bias)))
-        lengths = torch.cat([weight.flatten(1), bias[:, None]], dim=1).square().mean(1).sqrt()
+        lengths = torch.cat([weight.flatten(1), bias[:, None]], dim=1).norm(dim=1)
         used = lengths[lengths > 1e-6]  # a unit whose ReLU lets nothing through has no gradient and rests
         assert len(used) > 0.3 * len(lengths)
         # A row is divided by its length plus a thousandth of the mean length.
-        assert used.median().item() == pytest.approx(0.2 * 0.01, rel=0.005)
-        assert used.max().item() < 0.2 * 0.01 * 1.001
+        assert used.median().item() == pytest.approx(length.ROW * 0.01, rel=0.005)
+        assert used.max().item() < length.ROW * 0.01 * 1.001
 
 
 # Without the limited-memory presets: their floor is the product with S and Y, and a memory of 100 pairs for layers of
