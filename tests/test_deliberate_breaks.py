@@ -192,9 +192,9 @@ BREAKS = [
     Break(
         "the bias column is not moved",
         {
-            "kfqn_core.training.moves._moving": """
-            def broken(group, side):
-                return iter(()) if side else original(group, side)
+            "kfqn_core.training.groups.Group.parameters": """
+            def broken(self, side):
+                return [None] * len(self.layers) if side else original(self, side)
             """
         },
         (f"{MOVES}[linear-action-normalised_rows-no decay]", f"{PARITY}[None-square_loss]"),

@@ -14,6 +14,12 @@ from tests.test_optimizer import error, snapshot
 LENGTHS = {"raw": length.raw, "normalised": length.normalised, "normalised_rows": length.normalised_rows}
 
 
+@pytest.fixture(autouse=True)
+def full_length(monkeypatch):
+    """Steps of full length: what a layer may take of it is held by `test_steadiness`."""
+    monkeypatch.setattr("kfqn_core.training.steadiness.KEPT", 1e-9)
+
+
 def gradients_of(model, optimizer, seed):
     """Set gradients from nowhere, and return them as matrices: of layers that nothing is seen of no factor changes."""
     generator = torch.Generator().manual_seed(seed)

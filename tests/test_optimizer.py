@@ -146,7 +146,7 @@ def test_default_is_the_activation_factor_with_a_normalised_step(options):
                 expected[i] = expected[i] - 0.03 * 0.2 * np.sqrt(D.size) / np.linalg.norm(D) * D
             else:
                 squares[i] = 0.9 * squares[i] + 0.1 * (grads[i] ** 2).sum()
-                share = min(1.0, np.linalg.norm(M[i]) / np.sqrt(squares[i] * (1 - 0.9 ** (k + 1))) / 0.4)
+                share = min(1.0, np.linalg.norm(M[i]) / np.sqrt(squares[i]) / 0.3)
                 rows = np.linalg.norm(D, axis=1, keepdims=True)
                 expected[i] = expected[i] - 0.03 * share * 3 * D / (rows + 1e-3 * rows.mean())
             s = H[i] @ a.mean(0)

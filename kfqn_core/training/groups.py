@@ -30,7 +30,6 @@ from kfqn_core.layers import LayerView
 from kfqn_core.maths.columns import Columns
 from kfqn_core.maths.secant import LimitedMemoryInverse
 from kfqn_core.parallel.ranks import Ranks
-from kfqn_core.training import steadiness
 from kfqn_core.training.answer import Answer
 from kfqn_core.training.options import Options
 from kfqn_core.training.selection import Selected, dtype_of_factors
@@ -90,7 +89,7 @@ class Group:
         activation, gradient: the factors; `gradient` is None where `H_g` is the identity.
         h_last, g_last: `[B, d_out]`, the means of the previous mini-batch where pairs come from consecutive ones, else
             None; NaN until a first one was seen.
-        steady: `[L, 3]`, what `steadiness` keeps of every layer; None where the length of a step does not ask for it.
+        steady: `[L]`, what `steadiness` keeps of every layer; None where the length of a step does not ask for it.
         started: bool `[L]`, whether `H_a` has had its first estimate.
         unsettled: the layers of which the host does not know that they have.
     """
@@ -125,7 +124,7 @@ class Group:
             self.h_last, self.g_last = (torch.full((B, view.d_out), torch.nan, **like) for _ in range(2))
         self.steady: Tensor | None = None
         if options.step_length == "normalised_rows":
-            self.steady = torch.zeros(len(layers), steadiness.COLUMNS, **like)
+            self.steady = torch.zeros(len(layers), **like)
         self.started = torch.zeros(len(layers), dtype=torch.bool, device=device)
         self.unsettled = set(range(len(layers)))
         self._answer: Answer | None = None

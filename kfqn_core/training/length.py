@@ -56,9 +56,10 @@ class Lengths:
     Args:
         sizes: of the groups: layers L, groups, d_out, d_in.
         like: a tensor of the dtype and on the device of the directions.
+        depth: layers of the whole model: of more than `DEEP` normalised rows are shortened.
     """
 
-    def __init__(self, sizes: Sequence[tuple[int, int, int, int]], like: Tensor):
+    def __init__(self, sizes: Sequence[tuple[int, int, int, int]], like: Tensor, depth: int = 1):
         self._shapes = [(L * groups, d_out, 1) for L, groups, d_out, _ in sizes]
         self._rows = [L * groups * d_out for L, groups, d_out, _ in sizes]  # of each group
         layers = [(groups * d_out, d_in) for L, groups, d_out, d_in in sizes for _ in range(L)]
@@ -70,17 +71,16 @@ class Lengths:
         self._floor = like.new_tensor([ROW_FLOOR / rows for rows, _ in layers])  # [layers], times a sum of lengths
         self._of_layers = like.new_tensor([1 / (STEP * math.sqrt(rows * d_in)) for rows, d_in in layers])  # [layers]
         of_rows = np.repeat([1 / row_length(d_out, d_in) for L, _, d_out, d_in in sizes], self._rows)
-        self._of_rows = like.new_tensor(of_rows.tolist())  # [rows]
+        self._of_rows = like.new_tensor((of_rows * math.sqrt(max(1.0, depth / DEEP))).tolist())  # [rows]
         self.rows = sum(self._rows)  # of all directions together
 
-    def divisors(self, norms: Tensor, step_length: str, depth: int = 1) -> Tensor:
+    def divisors(self, norms: Tensor, step_length: str) -> Tensor:
         """What every row is divided by at a unit rate, so that the quotient is the plain form of that name.
 
         Args:
             norms: `[rows]`, the lengths of the rows of the directions of all groups, one group after the other. They
                 are written over.
             step_length: `"raw"`, `"normalised"` or `"normalised_rows"`.
-            depth: layers of the whole model: of more than `DEEP` rows are shortened.
 
         Returns:
             `[rows]`.
@@ -91,8 +91,7 @@ class Lengths:
             sizes = self._sums(norms.square_()).sqrt_().clamp_min_(SHORTEST).mul_(self._of_layers)  # [layers]
             return sizes.index_select(0, self._layer)
         floors = self._sums(norms).mul_(self._floor)  # [layers]
-        norms.add_(floors.index_select(0, self._layer)).clamp_min_(SHORTEST)
-        return norms.mul_(self._of_rows if depth <= DEEP else self._of_rows * math.sqrt(depth / DEEP))
+        return norms.add_(floors.index_select(0, self._layer)).clamp_min_(SHORTEST).mul_(self._of_rows)
 
     def rows_of(self, layers: Tensor) -> Tensor:
         """`[layers]` for every row, `[rows]`."""

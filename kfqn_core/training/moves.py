@@ -33,13 +33,14 @@ class Moves:
         groups: each with the indices of the parameter groups of its weights and of its biases. Their `M` becomes views
             of flat tensors that are owned here.
         depth: how many layers the whole plan has.
-        bench: shared with the other moves of a plan, which come one after the other; None where the groups are large,
-            and what a step writes is better given back at once.
+        bench: shared with the other moves of a plan, which come one after the other; None where the groups are not
+            small, and what a step writes is better given back at once.
     """
 
     def __init__(self, groups: Sequence[tuple[Group, Indices]], depth: int = 1, bench: Bench | None = None):
         self._groups, self._bench = groups, bench
         self._depth = depth
+        self._lengths: dict[tuple[int, ...], Lengths] = {}
         self._workspaces: dict[tuple[int, ...], _Workspace] = {}
         members: dict[tuple[Any, ...], list[tuple[Group, int]]] = {}
         for group, indices in groups:
@@ -100,7 +101,7 @@ class Moves:
         space = self._workspace(members)
         for (group, _), D, norms in zip(members, space.directions, space.norms_of, strict=True):
             torch.linalg.vector_norm(group.direction(D), dim=-1, out=norms)
-        units = space.lengths.divisors(space.norms, members[0][0].options.step_length, self._depth)
+        units = space.lengths.divisors(space.norms, members[0][0].options.step_length)
         shares = self._shares([group for group, _ in members])
         divisors = {}
         for i, rate in rates.items():
@@ -128,11 +129,14 @@ class Moves:
         return torch.cat([parts[id(group)] for group in groups])
 
     def _workspace(self, members: list[tuple[Group, Indices]]) -> _Workspace:
+        groups = [group for group, _ in members]
+        key = tuple(map(id, groups))
+        if key not in self._lengths:
+            self._lengths[key] = Lengths([group.size for group in groups], groups[0].M.W, self._depth)
         if self._bench is None:
-            return _Workspace([group for group, _ in members], Bench())
-        key = tuple(id(group) for group, _ in members)
+            return _Workspace(groups, Bench(), self._lengths[key])
         if key not in self._workspaces:
-            self._workspaces[key] = _Workspace([group for group, _ in members], self._bench)
+            self._workspaces[key] = _Workspace(groups, self._bench, self._lengths[key])
         return self._workspaces[key]
 
     def _decay(self, index: int, rate: Tensor, members: list[tuple[Group, Indices]], of: Mapping[str, Any]) -> None:
@@ -170,9 +174,8 @@ class _Workspace:
         as_parameters: every parameter, with what gives its step, shaped like it.
     """
 
-    def __init__(self, groups: Sequence[Group], bench: Bench):
-        like = groups[0].M.W
-        self.lengths = Lengths([group.size for group in groups], like)
+    def __init__(self, groups: Sequence[Group], bench: Bench, lengths: Lengths):
+        like, self.lengths = groups[0].M.W, lengths
         shapes = [(L * in_each, d_out, d_in) for L, in_each, d_out, d_in in (group.size for group in groups)]
         sizes = [math.prod(shape) for shape in shapes]
         *flats, self.norms = bench.take([*sizes, *sizes, self.lengths.rows], like)

@@ -26,6 +26,9 @@ from kfqn_core.training.selection import Selected, activation_factors, curvature
 
 # Numbers that a step handles at once: fewer calls beyond save no time, and it holds as many beside the state.
 LARGE = 2**21
+SMALL = (
+    2**17
+)  # numbers of a step whose place is kept from step to step: making it anew takes longer than the arithmetic
 ROWS = 4096  # input vectors that "auto", and a low-rank factor, look at in a mini-batch: more cost time and add little
 
 
@@ -249,7 +252,7 @@ def _moves(groups: Sequence[tuple[Group, tuple[int, int]]]) -> list[Moves]:
         numbers += size
     bench, depth = Bench(), sum(len(group.layers) for group, _ in groups)
     return [
-        Moves(some, depth, bench if sum(math.prod(group.size) for group, _ in some) <= LARGE else None)
+        Moves(some, depth, bench if sum(math.prod(group.size) for group, _ in some) <= SMALL else None)
         for some in together
     ]
 

@@ -17,39 +17,38 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-KEPT = 0.4  # of the gradient's length: from there on steps have their full length (benchmarks/NOTES.md)
-COLUMNS = 2
+KEPT = 0.3  # of the gradient's length: from there on steps have their full length (benchmarks/NOTES.md)
 
 
-def observe(kept: Tensor, new: Tensor, momentum: float | Tensor, where: Tensor) -> None:
+def observe(kept: Tensor, squares: Tensor, momentum: float | Tensor, where: Tensor) -> None:
     """Take in a mini-batch.
 
     Args:
-        kept: `[layers, COLUMNS]`, averages from zero with the weights that M has: of `||G||^2`, and of 1, which takes
-            away the bias towards zero. Changed in place.
-        new: `[layers, COLUMNS]`: `||G||^2`, and 1.
-        momentum: a number, or `[layers, 1]`.
-        where: bool, `[layers, 1]` or a scalar; elsewhere nothing changes, whatever stands in `new`.
+        kept: `[layers]`, averages of `||G||^2` from zero, with the weights that M has. Changed in place.
+        squares: `[layers]`, `||G||^2`.
+        momentum: a number, or `[layers]`.
+        where: bool, `[layers]` or a scalar; elsewhere nothing changes, whatever stands in `squares`.
     """
-    kept.copy_(torch.where(where, kept.lerp(new, 1 - momentum), kept))
+    kept.copy_(torch.where(where, kept.lerp(squares, 1 - momentum), kept))
 
 
 def shares(kept: Tensor, squares: Tensor) -> Tensor:
     """Of the full length of a step, what every layer takes, `[layers]`; all of it where nothing was seen.
 
+    Both averages begin at zero. What that does to their quotient, `sqrt(1 - momentum^t)`, is over after two steps.
+
     Args:
-        kept: `[layers, COLUMNS]`.
+        kept: `[layers]`.
         squares: `[layers]`, squared lengths of `M`; written over.
     """
-    squares.div_(kept[:, 0] * kept[:, 1]).sqrt_()  # length of M over rms ||G||, both without their bias
-    return squares.div_(KEPT).nan_to_num_(nan=1.0).clamp_max_(1.0)
+    return squares.div_(kept).sqrt_().div_(KEPT).nan_to_num_(nan=1.0).clamp_max_(1.0)
 
 
 class Steadiness:
     """What is kept of several layers, with their parameters and momenta.
 
     Args:
-        kept: `[layers, COLUMNS]`, changed in place.
+        kept: `[layers]`, changed in place.
         weights: of the layers.
         biases: of those that have one, by the position of the layer.
         M: momenta of the weights, then of the biases.
@@ -61,8 +60,7 @@ class Steadiness:
         self.kept, self._weights, self._biases, self._M = kept, weights, biases, list(M)
         self._params = [*weights, *biases.values()]
         self._of_bias = torch.tensor(list(biases), dtype=torch.long, device=kept.device)
-        self._new = torch.ones_like(kept)
-        self._momenta: dict[tuple[float, ...], Tensor] = {}  # `[layers, 1]`, made once: a copy waits for the device
+        self._momenta: dict[tuple[float, ...], Tensor] = {}  # `[layers]`, made once: a copy waits for the device
 
     def observe(self, lengths: Mapping[int, Tensor], momenta: Sequence[float], finite: Tensor) -> None:
         """Take in a mini-batch where the bool scalar `finite` holds, for layers whose weight has a gradient.
@@ -78,9 +76,8 @@ class Steadiness:
             none = self.kept.new_zeros(())
             of_params = [none if p.grad is None else lengths[id(p)] for p in self._params]
             moving = torch.tensor([p.grad is not None for p in self._weights], device=self.kept.device)
-            where = (finite.to(self.kept.device) & moving).unsqueeze(1)
-        self._new[:, 0] = self._squares(of_params)
-        observe(self.kept, self._new, self._momentum(tuple(momenta)), where)
+            where = finite.to(self.kept.device) & moving
+        observe(self.kept, self._squares(of_params), self._momentum(tuple(momenta)), where)
 
     def shares(self) -> Tensor:
         """`[layers]`, of the full length of a step."""
@@ -90,7 +87,7 @@ class Steadiness:
         if len(set(momenta)) == 1:
             return momenta[0]
         if momenta not in self._momenta:
-            self._momenta = {momenta: self.kept.new_tensor(momenta).unsqueeze(1)}
+            self._momenta = {momenta: self.kept.new_tensor(momenta)}
         return self._momenta[momenta]
 
     def _squares(self, lengths: Sequence[Tensor]) -> Tensor:
