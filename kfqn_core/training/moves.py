@@ -104,6 +104,7 @@ class Moves:
         units = space.lengths.divisors(space.norms, members[0][0].options.step_length)
         shares = self._shares([group for group, _ in members])
         divisors = {}
+        space.make_steps()
         for i, rate in rates.items():
             if shares is not None:
                 rate = space.lengths.rows_of(torch.minimum(rate, shares * peaks[i]))
@@ -150,14 +151,14 @@ class Moves:
 
 
 class Bench:
-    """Memory for what a step writes and nobody needs afterwards: one tensor for each dtype and device."""
+    """Memory for what a step writes and nobody needs afterwards: one tensor for each purpose, dtype and device."""
 
     def __init__(self) -> None:
-        self._tensors: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._tensors: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
-    def take(self, sizes: Sequence[int], like: Tensor) -> list[Tensor]:
-        """Flat tensors of these sizes, side by side. What was taken before may lie in the same place."""
-        key = like.dtype, like.device
+    def take(self, what: str, sizes: Sequence[int], like: Tensor) -> list[Tensor]:
+        """Flat tensors of these sizes, side by side. What was taken under that name before lies in the same place."""
+        key = what, like.dtype, like.device
         if key not in self._tensors or self._tensors[key].numel() < sum(sizes):
             self._tensors[key] = like.new_empty(sum(sizes))
         return list(self._tensors[key][: sum(sizes)].split(list(sizes)))
@@ -178,13 +179,20 @@ class _Workspace:
         like, self.lengths = groups[0].M.W, lengths
         shapes = [(L * in_each, d_out, d_in) for L, in_each, d_out, d_in in (group.size for group in groups)]
         sizes = [math.prod(shape) for shape in shapes]
-        *flats, self.norms = bench.take([*sizes, *sizes, self.lengths.rows], like)
-        self.directions = [flat.view(shape) for flat, shape in zip(flats[: len(groups)], shapes, strict=True)]
+        self._groups, self._bench, self._sizes = groups, bench, sizes
+        *flats, self.norms = bench.take("directions", [*sizes, self.lengths.rows], like)
+        self.directions = [flat.view(shape) for flat, shape in zip(flats, shapes, strict=True)]
         self.norms_of = [rows.squeeze(-1) for rows in self.lengths.by_group(self.norms)]
         self.parts = [Columns.split(D, g.M.b is not None) for D, g in zip(self.directions, groups, strict=True)]
         self.steps: list[Columns] = []
         self.as_parameters: list[tuple[nn.Parameter, Callable[[], Tensor]]] = []
-        for group, flat in zip(groups, flats[len(groups) :], strict=True):
+
+    def make_steps(self) -> None:
+        """Place for the steps, if there is none: after the directions, whose products need memory of the same size."""
+        if self.steps:
+            return
+        flats = self._bench.take("steps", self._sizes, self._groups[0].M.W)
+        for group, flat in zip(self._groups, flats, strict=True):
             W, *b = flat.split([part.numel() for part in group.M if part is not None])
             self.steps.append(Columns(W.view_as(group.M.W), b[0].view_as(group.M.b) if group.M.b is not None else None))
             for side, step in enumerate(self.steps[-1]):

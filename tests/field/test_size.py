@@ -157,7 +157,7 @@ def peaks(kind):
 def test_memory_does_not_grow_with_the_number_of_micro_batches():
     """With all inputs kept, six micro-batches of these six layers are 60 MiB more than one."""
     for own, adams in zip(peaks("kfqn"), peaks("adam"), strict=True):
-        assert own <= 1.05 * adams + 8
+        assert own <= 1.05 * adams + 12  # workspaces of the processor's libraries differ by some MiB
 
 
 @pytest.mark.parametrize("use", ["backward", "autograd.grad"])
