@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kfqn_core.estimate.inverses import DenseInverse, acceptable, positive_inverse
+from kfqn_core.estimate.inverses import DenseInverse, acceptable, append_together, positive_inverse
 from kfqn_core.lab.checks import relative_error
 from kfqn_core.maths.secant import LimitedMemoryInverse, bfgs_inverse_update
 from tests.test_activation import F64, TRUE, random_spd
@@ -155,3 +155,33 @@ def test_no_tensor_is_read_on_the_host():
         inverse.append(s, s, acceptable(s, s, s))
         assert positive_inverse(inverse.apply(torch.randn(3, 4, 4)), 0.1).shape == (3, 4, 4)
         assert positive_inverse(inverse.dense(), torch.ones(3)).shape == (3, 4, 4)
+
+
+def test_pairs_of_several_sizes_enter_together_as_each_would_alone():
+    """Where they are acceptable, asked for, and where H+ is finite."""
+    generator = torch.Generator().manual_seed(7)
+    inverses, pairs, keep, alone = [], [], [], []
+    for n, B in ((3, 2), (5, 4), (1, 1)):
+        H = random_spd(n, n, B)
+        s, v = torch.randn(2, B, n, generator=generator, dtype=F64)
+        y = (random_spd(n, n + 1, B) @ s[..., None])[..., 0]
+        y[-1] *= -1 if B > 1 else 1  # a pair that is not acceptable
+        wanted = torch.arange(B) != 0 if B > 2 else torch.ones(B, dtype=torch.bool)
+        for estimates in (inverses, alone):
+            estimates.append(DenseInverse(n, groups=B, dtype=F64))
+            estimates[-1].H.copy_(H)
+        pairs.append((s, y, v))
+        keep.append(wanted)
+        alone[-1].append(s, y, acceptable(s, y, v) & wanted)
+    append_together(inverses, pairs, keep)
+    for together, one in zip(inverses, alone, strict=True):
+        assert relative_error(together.H, one.H) < 1e-13  # the same sums, in another order
+
+
+def test_of_pairs_that_enter_together_one_that_would_overflow_is_refused():
+    inverse, s = DenseInverse(2, groups=2, dtype=torch.float32), torch.ones(2, 2)
+    s[0] *= 1e18
+    y = torch.stack([1e-21 * torch.ones(2), 2 * s[1]])  # H+ would hold 5e38
+    append_together([inverse], [(s, y, 1e-6 * torch.ones(2, 2) * torch.tensor([[0.0], [1.0]]))], [TRUE.expand(2)])
+    assert torch.equal(inverse.H[0], torch.eye(2))
+    assert relative_error(inverse.H[1] @ y[1], s[1]) < 1e-6

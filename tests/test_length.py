@@ -75,3 +75,14 @@ def test_a_direction_of_zeros_is_no_step_and_disturbs_nobody(step_length):
     assert torch.equal(found[2], torch.zeros(1, 2, 7, dtype=F64))
     assert all(torch.equal(found[i], expected[i]) for i in range(len(found)) if i != 2)
     assert torch.equal(PLAIN[step_length](Ds[1][1:2]), found[2])
+
+
+def test_rows_of_few_units_with_many_inputs_are_shorter_and_no_others_for_any_width():
+    assert length.row_length(10, 8 * 10) == length.row_length(4096, 4096) == length.row_length(2, 3) == length.ROW
+    assert length.row_length(10, 4 * 80) == pytest.approx(length.ROW / 2, rel=1e-15)
+    sizes = [(2, 1, 2, 64), (1, 1, 64, 64)]
+    Ds = directions(sizes)
+    layers = [layer for D, (L, *_) in zip(Ds, sizes, strict=True) for layer in D.chunk(L)]
+    for step, layer in zip(steps(Ds, "normalised_rows", sizes), layers, strict=True):
+        assert relative_error(step, length.normalised_rows(layer)) < 1e-14
+    assert length.normalised_rows(layers[0]).norm(dim=-1).max() < 0.51 * length.ROW

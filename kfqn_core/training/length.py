@@ -18,7 +18,7 @@ STEP = 0.2  # root mean square of the change of a weight, in units of the rate: 
 # networks begin with: one rate fits narrow and wide layers (benchmarks/NOTES.md).
 ROW = 3.0
 # Inputs for each output from which on rows are shorter: few units with many inputs change by more than their rows do,
-# since all inputs that changed act on them together (chapter 13).
+# since all inputs that changed act on them together (benchmarks/NOTES.md).
 THIN = 8
 DEEP = 12  # layers from which on a step is shorter: the changes of all of them add up, as a random walk does
 # Of the mean length of the rows of D: a unit whose gradient is smaller than that is hardly used, and moves less.

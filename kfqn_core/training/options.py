@@ -48,7 +48,8 @@ class Options:
         step_length: `"raw"` moves layers by `lr D`, and other parameters by `lr` times their averaged gradient (the
             papers); `"normalised"` moves layers by `lr 0.2 sqrt(numel D) / ||D||_F D`, and others by Adam;
             `"normalised_rows"` gives each row of D, that is the weights of each output unit, the length `3 lr`,
-            shorter where the gradient is mostly noise (`steadiness`) and in networks of more than twelve layers.
+            shorter where the gradient is mostly noise (`steadiness`), in layers with more than eight inputs for each
+            output, and in networks of more than twelve layers (`length`).
         linear: options that differ for fully connected layers, by name: any of `activation_decay`, `pair_damping`.
 
     Raises:

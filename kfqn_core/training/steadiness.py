@@ -1,4 +1,4 @@
-"""How much of a gradient its running average keeps, and what share of a full step that is worth (chapter 8).
+"""How much of a gradient its running average keeps, and what share of a full step that is worth.
 
 `M` averages `G` over the last `1 / (1 - momentum)` mini-batches. Of a gradient that stays as it is `M` keeps the whole
 length, of pure noise `sqrt((1 - mu) / (1 + mu))` of it, 0.23 for `mu = 0.9`; a normalised step is as long for both. So
