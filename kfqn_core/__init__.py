@@ -9,6 +9,7 @@ optimizer = KFQN(model, lr=0.3, **presets.KBFGS_2020)   # the published method, 
 from kfqn_core.layers import UnsupportedLayer
 from kfqn_core.training import presets
 from kfqn_core.training.describe import describe
+from kfqn_core.training.graphs import capture
 from kfqn_core.training.optimizer import KFQN
 
-__all__ = ["KFQN", "UnsupportedLayer", "describe", "presets"]
+__all__ = ["KFQN", "UnsupportedLayer", "capture", "describe", "presets"]

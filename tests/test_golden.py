@@ -31,7 +31,7 @@ class Masked(nn.Module):
         return x * self.mask
 
 
-def trajectory(options):
+def trajectory(options, device="cpu"):
     """Ten losses of a network that has everything a step can meet.
 
     A strided, a grouped and a biasless convolution, batch norm, a mask, and two linear layers of one shape.
@@ -50,7 +50,10 @@ def trajectory(options):
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(normal(*p.shape) / max(1, p[0].numel()) ** 0.5)
-    data = [(normal(12, 2, 8, 8), torch.from_numpy(numbers.integers(3, size=12))) for _ in range(3)]
+    data = [
+        (normal(12, 2, 8, 8).to(device), torch.from_numpy(numbers.integers(3, size=12)).to(device)) for _ in range(3)
+    ]
+    model = model.to(device)
     return train(model, KFQN(model, lr=0.05, **options), data, 10, nn.CrossEntropyLoss())
 
 

@@ -92,7 +92,9 @@ class LowRankActivationFactor:
         # The same directions in every layer, on every machine and device, and nobody else's random numbers are touched.
         generator = torch.Generator("cpu").manual_seed(0)
         shape = self.F.shape[-2:]
-        Q = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(self.F).expand_as(self.F)
+        Q = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(self.F.dtype)
+        Q = Q.pin_memory() if self.F.is_cuda else Q  # or the host would wait for the copy
+        Q = Q.to(self.F.device, non_blocking=True).expand_as(self.F)
         for _ in range(POWER_ITERATIONS):
             Q = torch.linalg.qr(torch.nan_to_num(action(torch.linalg.qr(Q).Q).to(Q.dtype))).Q
         return self._take(nystroem(Q, action(Q).to(Q.dtype)), diagonal, where, 0.0)

@@ -89,6 +89,8 @@ class Skips:
 
     def warn(self, step: int) -> None:
         """Ask now and then, and warn when the answer is there."""
+        if self.counts.is_cuda and torch.cuda.is_current_stream_capturing():
+            return  # a graph has no host to answer
         if self._answer is None and not self._said and (self.counts.device.type == "cpu" or step % EVERY == 0):
             self._answer = Answer(self.counts >= SKIPS)
         known = self._answer and self._answer.known()

@@ -53,6 +53,8 @@ class Moves:
             if group.steady is not None:
                 alike.setdefault((group.M.W.dtype, group.M.W.device), []).append(group)
         self._steady = {key: (_steadiness(of), of) for key, of in alike.items()}
+        for members_of_kind in self._kinds(groups).values():
+            self._lengths_of(members_of_kind)  # made now: in a step, the host would wait for its copies
 
     def average(self, settings: Settings, finite: Tensor, lengths: Mapping[int, Tensor]) -> None:
         """`M <- momentum M + (1 - momentum) ([dW | db] + weight_decay [W | b])` where `finite` holds.
@@ -84,16 +86,23 @@ class Moves:
 
         Parameters without gradient stay.
         """
-        kinds: dict[Any, list[tuple[Group, Indices]]] = {}
-        for group, indices in self._groups:
-            if group.has_gradient():
-                kinds.setdefault((group.M.W.dtype, group.M.W.device), []).append((group, indices))
-        for (dtype, device), members in kinds.items():
+        moving = [(group, indices) for group, indices in self._groups if group.has_gradient()]
+        for (dtype, device), members in self._kinds(moving).items():
             taken = finite.to(device, dtype)
             rates = {i: (taken * settings[i]["lr"]).reshape(()) for i in {i for _, indices in members for i in indices}}
             for i, rate in rates.items():
                 self._decay(i, rate, members, settings[i])
             self._move(members, rates, {i: settings[i]["peak_lr"] for i in rates})
+
+    @staticmethod
+    def _kinds(
+        groups: Sequence[tuple[Group, Indices]],
+    ) -> dict[tuple[torch.dtype, torch.device], list[tuple[Group, Indices]]]:
+        """By dtype and device, since one operation takes tensors of one kind."""
+        kinds: dict[tuple[torch.dtype, torch.device], list[tuple[Group, Indices]]] = {}
+        for group, indices in groups:
+            kinds.setdefault((group.M.W.dtype, group.M.W.device), []).append((group, indices))
+        return kinds
 
     def _move(
         self, members: list[tuple[Group, Indices]], rates: Mapping[int, Tensor], peaks: Mapping[int, float | Tensor]
@@ -129,15 +138,20 @@ class Moves:
         parts = dict(zip(map(id, of_groups), shares.split([len(group.layers) for group in of_groups]), strict=True))
         return torch.cat([parts[id(group)] for group in groups])
 
+    def _lengths_of(self, members: Sequence[tuple[Group, Indices]]) -> Lengths:
+        key = tuple(id(group) for group, _ in members)
+        if key not in self._lengths:
+            sizes = [group.size for group, _ in members]
+            self._lengths[key] = Lengths(sizes, members[0][0].M.W, self._depth)
+        return self._lengths[key]
+
     def _workspace(self, members: list[tuple[Group, Indices]]) -> _Workspace:
         groups = [group for group, _ in members]
-        key = tuple(map(id, groups))
-        if key not in self._lengths:
-            self._lengths[key] = Lengths([group.size for group in groups], groups[0].M.W, self._depth)
+        key, lengths = tuple(map(id, groups)), self._lengths_of(members)
         if self._bench is None:
-            return _Workspace(groups, Bench(), self._lengths[key])
+            return _Workspace(groups, Bench(), lengths)
         if key not in self._workspaces:
-            self._workspaces[key] = _Workspace(groups, self._bench, self._lengths[key])
+            self._workspaces[key] = _Workspace(groups, self._bench, lengths)
         return self._workspaces[key]
 
     def _decay(self, index: int, rate: Tensor, members: list[tuple[Group, Indices]], of: Mapping[str, Any]) -> None:

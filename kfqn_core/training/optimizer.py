@@ -173,7 +173,7 @@ class KFQN(torch.optim.Optimizer):
             RuntimeError: before anything moved: if `pairs="second_pass"` and no closure is given; if no layer was ever
                 seen in a forward; if a gradient is sparse; or if other processes may train this model and none said so.
         """
-        refresh = refreshes(self._steps, self._options.refresh)
+        refresh = self.updates_next
         loss = self._pairs.evaluate(closure, refresh)
         records = self.plan.hooks.pop()
         moving = self._prepare(records)
@@ -198,10 +198,19 @@ class KFQN(torch.optim.Optimizer):
         with self._no_autocast():
             if refresh:
                 update(batches, finite)  # H_a <- BFGS(H_a, pair)
-        self._steps += 1
-        self.plan.watch(refreshes(self._steps, self._options.refresh), every_step=self._pairs.every_step)
-        self._skips.warn(self._steps)
+        self.advance()
         return loss
+
+    def advance(self) -> None:
+        """A step was taken: look at what the next one needs, and say so if too many were skipped."""
+        self._steps += 1
+        self.plan.watch(self.updates_next, every_step=self._pairs.every_step)
+        self._skips.warn(self._steps)
+
+    @property
+    def updates_next(self) -> bool:
+        """Whether the next step updates curvature."""
+        return refreshes(self._steps, self._options.refresh)
 
     def _prepare(self, records: dict[str, Record]) -> list[nn.Parameter]:
         """Whatever may fail, fails here. Returns the parameters that have a gradient."""
