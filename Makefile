@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test frameworks book chapters budgets site lab student bench bench-full bench-gpu lint format lock clean
+.PHONY: help setup test frameworks book chapters budgets site lab student bench bench-full gpu lint format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,7 +68,7 @@ bench-full: setup ## run what is missing from benchmarks/results (hours), then w
 	$(RUN) $(LONG) --problems P1 P2 P3 P7 & first=$$!; $(RUN) $(LONG) --problems P5 P6 && wait $$first
 	$(BIN)/python -m benchmarks report
 
-bench-gpu: setup ## step costs at larger sizes on a GPU; without one, say what would run
+gpu: setup ## all that a GPU shows, in eight minutes: right, fast, good; without one a rehearsal
 	$(BIN)/python -m benchmarks gpu
 
 lint: setup ## ruff, codespell, mypy, the floors' imports, and the chapters' round trip through jupytext

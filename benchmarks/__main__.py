@@ -8,8 +8,9 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from benchmarks import check, gpu, report
+from benchmarks import check, report
 from benchmarks.costs import step_cost_table
+from benchmarks.gpu import script
 from benchmarks.methods import METHODS
 from benchmarks.problems import TASKS, available
 from benchmarks.protocol import BUDGETS, Contest, measured_ratio, play
@@ -67,8 +68,9 @@ def main(arguments: list[str] | None = None) -> int:
     sub = command("check", check.main, "does a short run order the methods as the results do?",
                   ["P1", "P2", "P3", "P5"], ["kfqn", "muon", "soap", "adam", "sgd"])  # fmt: skip
     sub.add_argument("--seeds", type=int, default=2, help="fresh seeds")
-    sub = commands.add_parser("gpu", help="step costs at larger sizes on a GPU")
-    sub.set_defaults(function=gpu.main)
+    script.add_arguments(
+        commands.add_parser("gpu", help="right, fast, good: all that a GPU shows", description=script.__doc__)
+    )
     parsed = parser.parse_args(arguments)
     return parsed.function(parsed)
 

@@ -99,7 +99,8 @@ class MuonAndAdam:
         weights = [p for p in model.parameters() if p.ndim >= 2]
         self._matrices = [(nn.Parameter(p.detach().flatten(1)), p) for p in weights]
         muon = torch.optim.Muon([matrix for matrix, _ in self._matrices], lr=lr, **settings)
-        adam = torch.optim.Adam([p for p in model.parameters() if p.ndim < 2], lr=lr)
+        others = [p for p in model.parameters() if p.ndim < 2]
+        adam = torch.optim.Adam(others, lr=lr, capturable=any(p.is_cuda for p in others))
         self._model, self._optimizers = model, (muon, adam)
         self.param_groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from itertools import cycle, islice
 
 import pytest
@@ -14,10 +15,11 @@ from kfqn_core import KFQN
 from tests.test_golden import FILE, trajectory
 from tests.test_optimizer import METHODS, snapshot, train
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-]
+REAL = torch.cuda.is_available()
+DEVICE = "cuda" if REAL else "cpu"
+REHEARSED = bool(os.environ.get("KFQN_REHEARSAL"))  # by `python -m benchmarks gpu` without a GPU: what a CPU can run
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not (REAL or REHEARSED), reason="needs a GPU: see `make gpu`")]
+needs_gpu = pytest.mark.skipif(not REAL, reason="means something on a GPU only")
 CAPTURED = {name: options for name, options in METHODS.items() if options.get("pairs") != "second_pass"}
 STEPS = 60  # the default updates in the first 25, then in every second
 
@@ -55,8 +57,8 @@ class Attentive(nn.Module):
 def images(count=4, samples=64, dtype=torch.float32, seed=1):
     generator = torch.Generator().manual_seed(seed)
     return [
-        (torch.randn(samples, 3, 12, 12, generator=generator).to("cuda", dtype),
-         torch.randint(10, (samples,), generator=generator).cuda())
+        (torch.randn(samples, 3, 12, 12, generator=generator).to(DEVICE, dtype),
+         torch.randint(10, (samples,), generator=generator).to(DEVICE))
         for _ in range(count)
     ]  # fmt: skip
 
@@ -64,7 +66,10 @@ def images(count=4, samples=64, dtype=torch.float32, seed=1):
 def sentences(count=4):
     generator = torch.Generator().manual_seed(1)
     return [
-        (torch.randint(50, (16, 12), generator=generator).cuda(), torch.randint(10, (16,), generator=generator).cuda())
+        (
+            torch.randint(50, (16, 12), generator=generator).to(DEVICE),
+            torch.randint(10, (16,), generator=generator).to(DEVICE),
+        )
         for _ in range(count)
     ]
 
@@ -74,7 +79,7 @@ def closure_on(model, optimizer, x, y, autocast=False):
 
     def closure():
         optimizer.zero_grad()
-        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
             loss = cross_entropy(model(x), y)
         loss.backward()
         return loss
@@ -96,12 +101,12 @@ NETWORKS = {"convolutional": (convolutional, images), "attention": (Attentive, s
 @pytest.mark.parametrize("method", METHODS)
 def test_the_trajectory_is_that_of_the_cpu(method):
     """Ten losses in float64 against those that a CPU has stored."""
-    assert trajectory(METHODS[method], "cuda") == pytest.approx(json.loads(FILE.read_text())[method], rel=1e-8)
+    assert trajectory(METHODS[method], DEVICE) == pytest.approx(json.loads(FILE.read_text())[method], rel=1e-8)
 
 
 def test_attention_trains_as_on_the_cpu():
     model = Attentive().double()
-    twin = copy.deepcopy(model).cuda()
+    twin = copy.deepcopy(model).to(DEVICE)
     on_gpu = sentences()
     expected = train(model, KFQN(model), [(x.cpu(), y.cpu()) for x, y in on_gpu], 10, cross_entropy)
     assert train(twin, KFQN(twin), on_gpu, 10, cross_entropy) == pytest.approx(expected, rel=1e-8)
@@ -112,7 +117,7 @@ def test_float32_follows_the_cpu(method):
     """Ten steps. The loss falls fast, and rounding grows with it: 0.007 was seen at the tenth (an H100)."""
     model = convolutional()
     model[9].p = 0.0
-    twin = copy.deepcopy(model).cuda()
+    twin = copy.deepcopy(model).to(DEVICE)
     on_gpu = images()
     lr = 0.03
     expected = train(model, KFQN(model, lr, **METHODS[method]), [(x.cpu(), y.cpu()) for x, y in on_gpu], 10,
@@ -122,6 +127,7 @@ def test_float32_follows_the_cpu(method):
     )
 
 
+@needs_gpu
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("method", METHODS)
 def test_no_step_waits_for_the_device(method, network):
@@ -129,7 +135,7 @@ def test_no_step_waits_for_the_device(method, network):
     make, data = NETWORKS[network]
     if network == "attention" and METHODS[method].get("activation_factor") == "inverse":
         pytest.skip("one network is enough for the slow reference")
-    model, data = make().cuda(), data()
+    model, data = make().to(DEVICE), data()
     optimizer = KFQN(model, lr=0.01, **METHODS[method])
 
     x, y = (t.clone() for t in data[0])
@@ -146,17 +152,18 @@ def test_no_step_waits_for_the_device(method, network):
     assert optimizer.skipped_steps == 0
 
 
+@needs_gpu
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("method", CAPTURED)
 def test_captured_steps_are_the_eager_ones_to_the_bit(method, network):
     make, data = NETWORKS[network]
-    model, data = make().cuda(), data()
+    model, data = make().to(DEVICE), data()
     if network == "convolutional":
         model[9].p = 0.0
     twin = copy.deepcopy(model)
     runs = []
     for network_, graphed in ((model, False), (twin, True)):
-        optimizer = KFQN(network_, torch.tensor(0.03, device="cuda"), **CAPTURED[method])
+        optimizer = KFQN(network_, torch.tensor(0.03, device=DEVICE), **CAPTURED[method])
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
         x, y = (t.clone() for t in data[0])
 
@@ -173,8 +180,9 @@ def test_captured_steps_are_the_eager_ones_to_the_bit(method, network):
         assert torch.equal(found[key], value), key
 
 
+@needs_gpu
 def test_a_changed_setting_is_refused_by_a_captured_step():
-    model, ((x, y), *_) = convolutional().cuda(), images()
+    model, ((x, y), *_) = convolutional().to(DEVICE), images()
     optimizer = KFQN(model)
 
     step = kfqn_core.capture(optimizer, closure_on(model, optimizer, x, y))
@@ -185,19 +193,20 @@ def test_a_changed_setting_is_refused_by_a_captured_step():
         step()
 
 
+@needs_gpu
 def test_a_second_pass_is_not_captured():
     model = convolutional()
     with pytest.raises(ValueError, match="which a CUDA graph cannot hold"):
-        kfqn_core.capture(KFQN(model.cuda(), pairs="second_pass"), lambda: None)
+        kfqn_core.capture(KFQN(model.to(DEVICE), pairs="second_pass"), lambda: None)
 
 
 def test_autocast_and_grad_scaler():
-    model, data = convolutional().cuda(), images()
-    optimizer, scaler = KFQN(model), torch.amp.GradScaler("cuda")
+    model, data = convolutional().to(DEVICE), images()
+    optimizer, scaler = KFQN(model), torch.amp.GradScaler(DEVICE)
     losses = []
     for x, y in islice(cycle(data), 60):
         optimizer.zero_grad()
-        with torch.autocast("cuda", torch.float16):
+        with torch.autocast(DEVICE, torch.float16):
             loss = cross_entropy(model(x), y)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -214,7 +223,7 @@ def test_bfloat16_autocast_follows_float32(method):
     data, losses = images(), []
     for low in (False, True):
         torch.manual_seed(0)
-        model = convolutional().cuda()
+        model = convolutional().to(DEVICE)
         model[9].p = 0.0
         optimizer = KFQN(model, 0.01, **METHODS[method])
 
@@ -228,7 +237,7 @@ def test_bfloat16_autocast_follows_float32(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_resume_is_bitwise(method):
     data = images()
-    model = convolutional().cuda()
+    model = convolutional().to(DEVICE)
     model[9].p = 0.0
     optimizer = KFQN(model, 0.01, **METHODS[method])
     train(model, optimizer, data, 4, cross_entropy)
@@ -240,9 +249,10 @@ def test_resume_is_bitwise(method):
     assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
+@needs_gpu
 @pytest.mark.parametrize("method", METHODS)
 def test_memory_does_not_grow(method):
-    model, data = convolutional().cuda(), images()
+    model, data = convolutional().to(DEVICE), images()
     optimizer = KFQN(model, 0.01, **METHODS[method])
     train(model, optimizer, data, 8, cross_entropy)
     torch.cuda.synchronize()
@@ -253,7 +263,7 @@ def test_memory_does_not_grow(method):
 
 
 def test_a_compiled_model_trains_as_the_model():
-    model, data = convolutional().cuda(), images()
+    model, data = convolutional().to(DEVICE), images()
     model[9].p = 0.0
     twin = copy.deepcopy(model)
     expected = train(model, KFQN(model), data, 10, cross_entropy)
