@@ -1,4 +1,4 @@
-"""README's table and figure: what the comparison comes to, between two markers, from the results alone."""
+"""README's tables and figure: what comparison and GPU come to, each between two markers, from the results alone."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pandas as pd
 
+from benchmarks.gpu import table as gpu
 from benchmarks.problems import TASKS
 from benchmarks.tables import HERO
 
-__all__ = ["BEGIN", "END", "FIGURE", "PROBLEMS", "README", "finalists", "table", "updated"]
+__all__ = ["BEGIN", "END", "FIGURE", "GPU", "PROBLEMS", "README", "finalists", "table", "updated"]
 
 README = Path(__file__).parent.parent / "README.md"
 FIGURE = Path(__file__).parent / "figures" / "loss-against-time.svg"
 BEGIN, END = "<!-- written by `python -m benchmarks report` -->", "<!-- end -->"
+GPU = "<!-- from benchmarks/results/gpu.jsonl, written by `python -m benchmarks report` -->"
 PROBLEMS = tuple(key for key, task in TASKS.items() if task.steps is not None)
 METHODS = ("kfqn", "kbfgs-5", "kfqn-2022-5", "sgd", "adam", "muon", "soap", "shampoo", "psgd", "kfac")  # no variants
 
@@ -63,13 +65,17 @@ def _span(values: pd.Series) -> str:
 
 
 def updated(frame: pd.DataFrame) -> str:
-    """README's text with the table of `frame` between the markers.
+    """README's text with the table of `frame` and those of the GPU between their markers.
 
     Raises:
         ValueError: if README lacks a marker.
     """
     text = README.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text.partition(BEGIN)[2]:
-        raise ValueError(f"{README} must hold the lines {BEGIN!r} and, after it, {END!r}: the table goes between them")
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n{table(frame)}\n{END}{rest.partition(END)[2]}"
+    for begin, content in ((BEGIN, table(frame)), (GPU, gpu.table() or "Not measured yet.")):
+        if begin not in text or END not in text.partition(begin)[2]:
+            raise ValueError(
+                f"{README} must hold the lines {begin!r} and, after it, {END!r}: a table goes between them"
+            )
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n{content}\n{END}{rest.partition(END)[2]}"
+    return text
