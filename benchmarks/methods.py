@@ -75,6 +75,8 @@ class Method:
                 "thin": length.THIN,
                 "kept": steadiness.KEPT,
             }
+        if settings.get("activation_factor") == "auto":
+            settings = {**settings, "start": "shrunk"}  # matrices from a first A that is shrunk to its diagonal
         return {key: value if isinstance(value, int | float | str | None) else str(value)
                 for key, value in sorted(settings.items()) if key != "lr"}  # fmt: skip
 

@@ -4,6 +4,8 @@ Every bound is tested as the ratio achieved/bound, which hypothesis drives upwar
 is wrong, and one that is never approached says little.
 """
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings, target
@@ -11,12 +13,19 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kfqn_core.estimate.activation import ActivationFactor, DiagonalActivationFactor, ExactActivationFactor
+from kfqn_core import KFQN
+from kfqn_core.estimate.activation import (
+    ActivationFactor,
+    DiagonalActivationFactor,
+    ExactActivationFactor,
+    towards_diagonal,
+)
 from kfqn_core.estimate.inverses import DenseInverse, acceptable
 from kfqn_core.estimate.statistics import Batch, Record, Use
 from kfqn_core.lab.checks import relative_error
 from kfqn_core.layers import view
 from kfqn_core.maths.columns import Columns
+from kfqn_core.maths.secant import bfgs_inverse_update
 from kfqn_core.parallel.ranks import Ranks
 
 F64 = torch.float64
@@ -442,3 +451,54 @@ def test_no_tensor_is_read_on_the_host():
                 factor.average(record, where)
             factor.update(record, where)
             assert factor.H.shape == (2, 19, 19)
+
+
+@pytest.mark.parametrize("vectors", [1, 3, 40, 10**6])
+def test_a_first_estimate_that_is_shrunk_keeps_the_diagonal_and_part_of_the_rest(vectors):
+    """By its formula, entry by entry."""
+    x = torch.randn(5, 4, dtype=F64, generator=torch.Generator().manual_seed(0))
+    A = torch.stack([x.T @ x, 3 * x[:2].T @ x[:2]])
+    shrunk = towards_diagonal(A, vectors)
+    by_row = towards_diagonal(A, torch.tensor([vectors, vectors], dtype=torch.float32))
+    for i, j in itertools.product(range(4), range(4)):
+        share = 0.0 if i == j else 4 / (4 + vectors)
+        assert torch.allclose(shrunk[:, i, j], (1 - share) * A[:, i, j], rtol=1e-12)
+    assert torch.allclose(by_row, shrunk, rtol=1e-6)  # counts in float32
+    assert torch.linalg.eigvalsh(shrunk).min() >= -1e-12
+    if vectors == 1:
+        assert torch.linalg.eigvalsh(A)[1].min() < 1e-12 < torch.linalg.eigvalsh(shrunk)[1].min()
+
+
+def after_the_first_step(x, shrinks):
+    """H_a by the definitions: from the first A, shrunk or not, and one update with the A of the mini-batch itself."""
+    a = torch.cat([x, torch.ones(len(x), 1, dtype=F64)], 1)
+    n, eye = a.shape[1], torch.eye(a.shape[1], dtype=F64)
+    A = a.T @ a / len(a)
+    start = A * (len(a) / (len(a) + n)) + torch.diag(A.diagonal()) * (n / (len(a) + n)) if shrinks else A
+    H = torch.linalg.inv(start + 0.03 * eye)
+    s = H @ a.mean(0)
+    return bfgs_inverse_update(H, s, (A + 0.03 * eye) @ s)
+
+
+@pytest.mark.parametrize(("options", "shrinks"), [({}, True), ({"activation_factor": "action"}, False)])
+def test_the_default_starts_from_a_shrunk_estimate_and_the_papers_methods_do_not(options, shrinks):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 9)).double(), torch.randn(3, 5, 6).double()
+    optimizer = KFQN(model, **options)
+    model(x).square().mean().backward()
+    optimizer.step()
+    found = optimizer.layers["0"].activation.H[0]
+    assert relative_error(found, after_the_first_step(x.flatten(0, 1), shrinks)) < 1e-10
+    assert relative_error(found, after_the_first_step(x.flatten(0, 1), not shrinks)) > 1e-2
+
+
+def test_a_group_shrinks_every_layer_by_its_own_number_of_vectors():
+    torch.manual_seed(0)
+    layers = nn.ModuleList([nn.Linear(4, 6), nn.Linear(4, 6)]).double()
+    optimizer = KFQN(layers)
+    xs = [torch.randn(n, 4, dtype=F64) for n in (3, 20)]
+    (layers[0](xs[0]).square().mean() + layers[1](xs[1]).square().mean()).backward()
+    optimizer.step()
+    for i, x in enumerate(xs):
+        found = optimizer.layers[str(i)].activation.H[0]
+        assert relative_error(found, after_the_first_step(x, shrinks=True)) < 1e-6  # counts in float32

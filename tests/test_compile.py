@@ -116,3 +116,19 @@ def test_hooks_that_a_compiled_model_has_not_seen_are_missed_before_the_first_st
     torch.compiler.reset()
     compiled(x).sum().backward()
     optimizer.step()
+
+
+def test_a_compiled_step_is_the_step():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)).double()
+    twin, data = copy.deepcopy(model), [torch.randn(8, 4).double() for _ in range(4)]
+    for network, compiled in ((model, False), (twin, True)):
+        optimizer = KFQN(network)
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        for x in data:
+            optimizer.zero_grad()
+            network(x).square().mean().backward()
+            step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert error(p.detach(), q.detach()) < 1e-12

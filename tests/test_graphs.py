@@ -60,8 +60,9 @@ def operations(layers, **options):
 
 @pytest.mark.parametrize("method", ["default", "low_rank"])
 def test_operations_follow_the_number_of_shapes(method):
-    """Between updates as many for sixteen layers of one shape as for two; with one, two more a layer: the hooks save its
-    input for backward, with tensors of no elements, on the host."""
+    """Between updates as many for sixteen layers of one shape as for two. With an update two more a layer: the hooks
+    have its input saved for backward, with tensors of no elements, on the host.
+    """
     between, updating = (
         {layers: operations(layers, **METHODS[method], refresh=refresh) for layers in (2, 9, 16)}
         for refresh in (1000, 1)

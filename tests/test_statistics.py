@@ -109,12 +109,13 @@ def test_uses_are_alike_if_samples_and_locations_are(uses, alike):
 @pytest.mark.parametrize("vectors", [1000, 40, 13, 5, 1])
 @pytest.mark.parametrize("samples", [(20,), (7, 5, 8), (1, 1, 1, 17)])
 def test_thinned_uses_hold_every_kth_of_all_samples(samples, vectors):
-    """Over all uses, as if they were one; the statistics are then those of the samples that were kept."""
+    """Over all uses, as if they were one, k an odd prime; the statistics are those of the samples that were kept."""
     layer = nn.Conv1d(2, 3, 2).double()  # three locations
     view_ = view(layer)
     xs = drawn(sum(samples), 2, 4).split(list(samples))
     record = record_of(layer, *(Use(x, 3) for x in xs))
-    every = -(-3 * sum(samples) // vectors)
+    least = -(-3 * sum(samples) // vectors)
+    every = least if least == 1 else next(k for k in (3, 5, 7, 11, 13, 17, 19, 23, 61) if k >= least)
     kept = torch.cat(xs)[::every]
     before = [use.x for use in record.uses]
     thin(record.uses, vectors=vectors)
@@ -136,22 +137,34 @@ def test_a_use_that_was_thinned_weighs_as_much_as_before():
     layer = LAYERS["conv"]().double()
     long, short = use(layer, 12, 0), use(layer, 5, 1)
     thin([long], vectors=3 * long.T)
-    repeated = Use(long.x.repeat_interleave(4, 0), long.T)
+    assert long.each == 5  # every fourth would be enough
+    repeated = Use(long.x.repeat_interleave(5, 0), long.T)
     record, as_if = record_of(layer, long, short), record_of(layer, repeated, short)
     for name in ("mean_input", "second_moment", "diagonal"):
         assert relative_error(getattr(record, name)(), getattr(as_if, name)()) < 1e-14
 
 
-def test_thinning_twice_is_thinning_once():
+def test_thinning_twice_keeps_the_weight_of_every_sample():
     layer = nn.Linear(3, 2).double()
-    once, twice = ([Use(drawn(24, 3), 1), Use(drawn(12, 3, seed=1), 1)] for _ in range(2))
-    thin(once, vectors=6)
-    thin(twice, vectors=18)
-    thin(twice, vectors=6)
-    for one, other in zip(once, twice, strict=True):
-        assert torch.equal(one.x, other.x)
-        assert one.each == other.each == 6
-    assert record_of(layer, *once).samples == 36
+    uses = [Use(drawn(24, 3), 1), Use(drawn(12, 3, seed=1), 1)]
+    every_third = torch.cat([use.x for use in uses])[::3]
+    thin(uses, vectors=18)
+    assert torch.equal(torch.cat([use.x for use in uses]), every_third)
+    thin(uses, vectors=3)
+    assert torch.equal(torch.cat([use.x for use in uses if use.x is not None]), every_third[::5])
+    assert {use.each for use in uses} == {15}
+    assert record_of(layer, *uses).samples == 36
+
+
+@pytest.mark.parametrize("T", [2, 4, 6, 8, 9, 12, 49, 64, 100, 197, 1024])
+def test_thinned_positions_of_sequences_are_all_there(T):
+    """Rows `[N T, d]`, of which the d-th of all positions must not be forgotten by a k that divides T."""
+    use = Use(torch.arange(T).repeat(4096 // T * 16)[:, None].double(), 1)
+    rows = len(use.x)
+    thin([use], vectors=4096)
+    counts = use.x.long().flatten().bincount(minlength=T)
+    assert counts.min() >= 0.9 * rows / T / use.each - 1
+    assert len(use.x) <= 4096
 
 
 def test_what_is_not_known_is_asked_for_by_name():

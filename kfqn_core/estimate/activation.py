@@ -77,6 +77,8 @@ class ActivationFactor:
         damping: `lambda_A`, added to the diagonal of `A`.
         decay: weight of the past in the running average of `A`. `None` keeps no `A` at all: its action is taken from
             the current mini-batch, without forming it.
+        shrunk: whether the first mini-batch counts as a sample that it is (`towards_diagonal`); else, as in the papers,
+            its `A` as the truth.
 
     Attributes:
         A: `[B, d_in, d_in]` running average, or `None`.
@@ -84,10 +86,11 @@ class ActivationFactor:
     """
 
     def __init__(
-        self, sizes: Sizes, damping: float | Tensor, decay: float | None, *, dtype: torch.dtype, device: torch.device
-    ):
+        self, sizes: Sizes, damping: float | Tensor, decay: float | None, *, dtype: torch.dtype, device: torch.device,
+        shrunk: bool = False,
+    ):  # fmt: skip
         self.damping = damping
-        self.decay = decay
+        self.decay, self.shrunk = decay, shrunk
         shape = (sizes.groups, sizes.d_in, sizes.d_in)
         self.A = None if decay is None else torch.zeros(shape, dtype=dtype, device=device)
         self.inverse = DenseInverse(sizes.d_in, groups=sizes.groups, dtype=dtype, device=device)
@@ -108,8 +111,9 @@ class ActivationFactor:
         return {**average, "H_a": self.inverse.H}
 
     def start(self, statistics: Statistics, where: Tensor = EVERYWHERE) -> Tensor:
-        """`start_from` the `A` of the first mini-batch."""
-        return self.start_from(statistics.second_moment(), where)
+        """`start_from` the `A` of the first mini-batch, `shrunk` or not."""
+        A = statistics.second_moment()
+        return self.start_from(towards_diagonal(A, statistics.vectors()) if self.shrunk else A, where)
 
     def start_from(self, A: Tensor, where: Tensor = EVERYWHERE) -> Tensor:
         """`H_a = (A + lambda_A I)^-1`, the only inversion of its life, where `where` holds and `A` is finite.
@@ -158,6 +162,23 @@ class ActivationFactor:
     def update(self, statistics: Statistics, where: Tensor = EVERYWHERE, decay: float = DECAY) -> None:
         """One BFGS update with `pair`, where `where` `[B]` holds and the pair is `acceptable`."""
         update_together([self], [statistics], [where])
+
+
+def towards_diagonal(A: Tensor, vectors: float | Tensor) -> Tensor:
+    """`A` of a sample of input vectors, shrunk to its diagonal by the share `d_in / (d_in + vectors)`.
+
+    Of fewer vectors than inputs `A` has directions without any curvature, in which `H_a` would be `1 / lambda_A`, and
+    stay so: an update changes `H_a` along one direction. The fewer vectors, the less do entries off the diagonal say
+    (Ledoit & Wolf 2004); the share is the simplest one that falls from 1 to 0 (benchmarks/NOTES.md).
+
+    Args:
+        A: `[B, d_in, d_in]`.
+        vectors: how many there were; a number, or `[B]`.
+    """
+    keep = vectors / (vectors + A.shape[-1])
+    shrunk = A * (keep.to(A.dtype).view(-1, 1, 1) if isinstance(keep, Tensor) else keep)
+    shrunk.diagonal(dim1=-2, dim2=-1).copy_(A.diagonal(dim1=-2, dim2=-1))
+    return shrunk
 
 
 def update_together(factors: Sequence[Activation], statistics: Sequence[Statistics], where: Sequence[Tensor]) -> None:

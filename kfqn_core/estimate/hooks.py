@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -137,11 +137,13 @@ class Watch:
         self._weight = self._module.get_parameter(self.part.weight)
         if Watch.observe_eagerly is None:
             Watch.observe_eagerly = staticmethod(torch.compiler.disable(Watch.observe))
-        this = weakref.ref(self)
+        this, trained = weakref.ref(self), self._weight.requires_grad
+        self._weight.requires_grad_(True)  # for the moment, if it is frozen: autograd takes no hook of it otherwise
         handles = [
             self._module.register_forward_hook(_ForwardHook(this), with_kwargs=True),
             self._weight.register_post_accumulate_grad_hook(_AccumulatedHook(this)),
         ]
+        self._weight.requires_grad_(trained)
         self.remove = weakref.finalize(self, _remove, handles)  # at the latest when the optimizer is gone
 
     def __getstate__(self) -> dict[str, Any]:
@@ -205,7 +207,7 @@ class Watch:
             self._thinned = True
         sight = _Sight(self, call, self._weight if zero is None else zero, recomputed=enclosing != -1)
         if sight.samples:
-            h.register_hook(sight)
+            _hear(h, sight)
         else:
             self.empty = True
         return replacement
@@ -334,6 +336,26 @@ class _Sight:
             use.x = x.clone()  # a buffer of the user's, who may fill it again before the step
         use.version = use.x._version
         return use
+
+
+def _hear(h: Tensor, hook: Callable[[Tensor], None]) -> None:
+    """Call `hook` with the gradient of `h` as it is now, whatever is done to `h` in place afterwards.
+
+    A hook on a tensor holds for its value of the moment; but where `h` is a view (of a fully connected layer with more
+    axes than two), an operation in place gives its base a new history, which leaves out the node of the view.
+    """
+    base = h._base
+    if base is None or base.grad_fn is None or base.numel() != h.numel() or not base.is_contiguous():
+        h.register_hook(hook)
+        return
+    shape, stride, offset = base.shape, h.stride(), h.storage_offset() - base.storage_offset()
+    sizes = h.shape
+
+    def heard(gradients: Sequence[Tensor | None]) -> None:
+        if gradients[0] is not None:
+            hook(gradients[0].reshape(shape).contiguous().as_strided(sizes, stride, offset))
+
+    base.grad_fn.register_prehook(heard)
 
 
 class _Saved:

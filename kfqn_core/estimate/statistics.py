@@ -41,6 +41,9 @@ class Statistics(Protocol):
     def diagonal(self) -> Tensor:
         """The diagonal of A, `[B, d_in]`, without forming `A`."""
 
+    def vectors(self) -> float | Tensor:
+        """How many input vectors `A` is a mean over, samples times locations: a number, or `[B]`."""
+
 
 @dataclass(eq=False)
 class Use:
@@ -77,9 +80,10 @@ class Use:
 
 
 def thin(uses: Sequence[Use], *, vectors: float = math.inf, entries: float = math.inf) -> None:
-    """Keep every k-th sample of all uses taken together, with a k that leaves about so many inputs.
+    """Keep every k-th sample of all uses taken together, with a k that leaves at most about so many inputs.
 
-    At least one sample stays. What is kept is a copy, so that the rest can be freed.
+    At least one sample stays. What is kept is a copy, so that the rest can be freed. `k` is an odd prime: where samples
+    are the positions of sequences one after the other, a k with a divisor of their length would always meet the same.
 
     Args:
         uses: changed in place.
@@ -92,6 +96,7 @@ def thin(uses: Sequence[Use], *, vectors: float = math.inf, entries: float = mat
     every = max(math.ceil(kept_vectors / vectors), math.ceil(kept_entries / entries))
     if every <= 1:
         return
+    every = _odd_prime(every)
     first = 0  # of this use's samples, the first to be kept: the stride runs on over the uses
     for use in uses:
         if use.x is not None:
@@ -99,6 +104,14 @@ def thin(uses: Sequence[Use], *, vectors: float = math.inf, entries: float = mat
             use.x = use.x[first::every].clone() if first < count else None
             use.each *= every
             first = (first - count) % every
+
+
+def _odd_prime(least: int) -> int:
+    """The smallest odd prime that is not below `least`."""
+    candidate = max(3, least | 1)
+    while any(candidate % divisor == 0 for divisor in range(3, math.isqrt(candidate) + 1, 2)):
+        candidate += 2
+    return candidate
 
 
 @dataclass
@@ -171,6 +184,10 @@ class Record:
     def diagonal(self) -> Tensor:
         """The diagonal of A, `[groups, d_in]`, without forming `A`."""
         return self._sum_over_uses(self.view.diagonal)
+
+    def vectors(self) -> float:
+        """How many input vectors are known."""
+        return sum(use.x.shape[0] * use.T for use in self.uses if use.x is not None)
 
     def _with_inputs(self) -> list[tuple[Tensor, Use]]:
         uses = [(use.x, use) for use in self.uses if use.x is not None]
@@ -253,6 +270,15 @@ class Batch:
         if self._rows is not None:
             return self._shared(self._with_bias(self._rows.square().mean(1)))  # [L, R, d] -> [L, d_in]
         return self._side_by_side(lambda record, rows: record.diagonal(), self._views[0].d_in)
+
+    def vectors(self) -> float | Tensor:
+        """How many input vectors every layer has, on all ranks: one number where they are alike, else `[B]`."""
+        here = [record.vectors() if record is not None else 0.0 for record in self._records]
+        if self._ranks.alone and len(set(here)) == 1:
+            return here[0]
+        # Filled, not copied: a copy from the host would wait for the device.
+        counts = torch.stack([torch.full((), count, dtype=torch.float32, device=self._like.device) for count in here])
+        return self._ranks.sum(counts.repeat_interleave(self.groups))
 
     def mean_output(self) -> Tensor:
         """hbar, `[B, d_out]`."""

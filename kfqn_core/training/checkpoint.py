@@ -55,13 +55,35 @@ def unpacked(
     return saved, groups, counters[0]
 
 
+def forms(plan: Plan, saved: Mapping[Any, Mapping[str, Tensor]]) -> tuple[dict[str, str], set[str]]:
+    """What a saved state says of layers that may have either form: how `H_a` was kept, and which were left to Adam.
+
+    Returns:
+        The forms by name of the layers that were saved with factors; and the names of those saved without.
+    """
+    kinds, left = {}, set()
+    for name in plan.places:
+        keys = saved[plan.layer(name).weight].keys()
+        if not keys:
+            continue
+        if "started" not in keys:
+            left.add(name)
+        elif plan.options.activation_factor == "auto":
+            kinds[name] = "action" if "H_a" in keys else "low_rank" if "F" in keys else "diagonal"
+    return kinds, left
+
+
 def check(plan: Plan, fallback: Fallback, saved: Mapping[Any, Mapping[str, Tensor]]) -> None:
-    """Raise ValueError if a saved state was made with other options or for another model."""
+    """Raise ValueError if a saved state was made with other options or for another model.
+
+    Nothing saved of a parameter is no fault: it was frozen, and starts now.
+    """
     for group, _ in plan.groups:
         for i, layer in enumerate(group.layers):
-            group.check(i, saved[layer.weight], saved[layer.bias] if layer.bias is not None else {})
+            if saved[layer.weight]:
+                group.check(i, saved[layer.weight], saved[layer.bias] if layer.bias is not None else {})
     for p in (p for params in plan.rest for p in params):
-        if {k: v.shape for k, v in fallback.state[p].items()} != {k: v.shape for k, v in saved[p].items()}:
+        if saved[p] and {k: v.shape for k, v in fallback.state[p].items()} != {k: v.shape for k, v in saved[p].items()}:
             raise ValueError(
                 f"the saved state does not fit a parameter of shape {tuple(p.shape)}: it holds {sorted(saved[p])}, and "
                 f"{sorted(fallback.state[p])} is needed; create KFQN with the model and the options it was saved with"
@@ -73,7 +95,8 @@ def load(plan: Plan, fallback: Fallback, saved: Mapping[Any, Mapping[str, Tensor
     """Copy the saved state of every parameter. Factors keep the dtype and device they have here."""
     for group, _ in plan.groups:
         for i, layer in enumerate(group.layers):
-            group.load(i, saved[layer.weight], saved[layer.bias] if layer.bias is not None else {})
+            if saved[layer.weight]:
+                group.load(i, saved[layer.weight], saved[layer.bias] if layer.bias is not None else {})
     for p in (p for params in plan.rest for p in params):
         for key, value in saved[p].items():
             fallback.state[p][key].copy_(value)

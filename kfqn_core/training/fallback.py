@@ -31,14 +31,17 @@ class Fallback:
         if p not in self.state or any(value.is_meta for value in self.state[p].values()):
             device = device or p.device
             names = ("exp_avg", "exp_avg_sq") if self.by_adam else ("M",)
-            moments = {name: torch.zeros_like(p, requires_grad=False, device=device) for name in names}
+            moments = {
+                name: torch.zeros_like(p, requires_grad=False, device=device, memory_format=torch.contiguous_format)
+                for name in names
+            }
             counter = {"step": torch.zeros((), dtype=torch.float32, device=device)} if self.by_adam else {}
             self.state[p] = {**counter, **moments}
             return
         for name, value in self.state[p].items():
             dtype = value.dtype if name == "step" else p.dtype
             if value.device != p.device or value.dtype != dtype:
-                self.state[p][name] = value.to(p.device, dtype)
+                self.state[p][name] = value.to(p.device, dtype).contiguous()
 
     def replace(self, old: nn.Parameter, new: nn.Parameter) -> None:
         """What was learnt of `old` is `new`'s."""
@@ -67,14 +70,19 @@ class Fallback:
             torch._foreach_mul_(list[Tensor](params), 1.0 - finite.to(torch.float32) * (rate * decay))
             decay = 0.0
         states = [self.state[p] for p in params]
+        # torch's fused kernel walks through memory: what is laid out in another way than its state moves as a copy.
+        moved = [_real(p.detach()).contiguous() for p in params]
         adam(
-            [_real(p.detach()) for p in params], [_real(p.grad) for p in params if p.grad is not None],
+            moved, [_real(p.grad).contiguous() for p in params if p.grad is not None],
             [_real(s["exp_avg"]) for s in states], [_real(s["exp_avg_sq"]) for s in states], [],
             [s["step"] for s in states],
             # The fused kernel leaves everything as it was where found_inf is 1, without asking the host.
             fused=True, found_inf=(~finite).float(), amsgrad=False, beta1=settings["betas"][0],
             beta2=settings["betas"][1], lr=rate, weight_decay=decay, eps=settings["eps"], maximize=False,
         )  # fmt: skip
+        for p, new in zip(params, moved, strict=True):
+            if not _real(p).is_contiguous():
+                _real(p).copy_(new)
 
     def _move_by_momentum(self, params: list[nn.Parameter], settings: Mapping[str, Any], finite: Tensor) -> None:
         decay = settings["weight_decay"]
@@ -91,11 +99,13 @@ class Fallback:
 
 
 def fallback_rate(settings: Mapping[str, Any]) -> Any:
-    """Adam's rate in a parameter group: `fallback_lr` as scheduled, that is times `lr` over the `lr` it began with."""
+    """Adam's rate in a parameter group: `fallback_lr` as scheduled, that is times `lr` over the largest `lr` so far."""
     if not settings["curvature"]:
         return settings["lr"]
-    begun = settings["base_lr"]
-    return settings["fallback_lr"] * (settings["lr"] / begun) if begun else settings["fallback_lr"] * 0.0
+    rate, peak = settings["lr"], settings["peak_lr"]
+    if isinstance(peak, Tensor):
+        return settings["fallback_lr"] * (rate / peak.clamp_min(torch.finfo(peak.dtype).tiny))
+    return settings["fallback_lr"] * (rate / peak if peak else 0.0)
 
 
 def _real(tensor: Tensor) -> Tensor:

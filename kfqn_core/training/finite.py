@@ -20,7 +20,7 @@ EVERY = 10  # steps between two questions to a device
 
 def all_finite(
     params: Sequence[nn.Parameter], loss: Any, grad_scale: Tensor | None, found_inf: Tensor | None, device: torch.device
-) -> tuple[Tensor, dict[int, Tensor]]:
+) -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
     """Whether a step is to be taken; gradients are freed of the scale of the loss on the way.
 
     Args:
@@ -35,14 +35,14 @@ def all_finite(
         gradients, scalars by the `id` of their parameters.
     """
     gradients: dict[Any, list[Tensor]] = {}
-    owners: dict[Any, list[int]] = {}
-    lengths: dict[int, Tensor] = {}
+    owners: dict[Any, list[nn.Parameter]] = {}
+    lengths: dict[nn.Parameter, Tensor] = {}
     for p in params:
         assert p.grad is not None
         grad = torch.view_as_real(p.grad) if p.grad.is_complex() else p.grad
         key = grad.device, grad.dtype
         gradients.setdefault(key, []).append(grad)
-        owners.setdefault(key, []).append(id(p))
+        owners.setdefault(key, []).append(p)
     flags = [] if found_inf is None else [(found_inf == 0).all().to(device)]
     for (where, dtype), of in gradients.items():
         if grad_scale is not None:  # by GradScaler's own operation

@@ -387,7 +387,7 @@ def _activation(kind: str, sizes: _Shape, damping: float, options: Options, like
     if kind == "low_rank" and 2 * options.rank < sizes.d_in:  # elsewhere a matrix is smaller
         return LowRankActivationFactor(sizes, damping, options.rank, **like)
     form = ExactActivationFactor if kind == "inverse" else ActivationFactor
-    return form(sizes, damping, options.activation_decay, **like)
+    return form(sizes, damping, options.activation_decay, shrunk=options.activation_factor == "auto", **like)
 
 
 def _restricted(factor: Any, rows: slice) -> Any:

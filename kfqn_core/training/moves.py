@@ -56,7 +56,7 @@ class Moves:
         for members_of_kind in self._kinds(groups).values():
             self._lengths_of(members_of_kind)  # made now: in a step, the host would wait for its copies
 
-    def average(self, settings: Settings, finite: Tensor, lengths: Mapping[int, Tensor]) -> None:
+    def average(self, settings: Settings, finite: Tensor, lengths: Mapping[nn.Parameter, Tensor]) -> None:
         """`M <- momentum M + (1 - momentum) ([dW | db] + weight_decay [W | b])` where `finite` holds.
 
         A parameter without gradient keeps its momentum. A decoupled decay is no part of M.
@@ -64,7 +64,7 @@ class Moves:
         Args:
             settings: the parameter groups of the optimizer.
             finite: bool scalar.
-            lengths: of the gradients, by the `id` of their parameters.
+            lengths: of the gradients, by parameter.
         """
         of_weights = {id(group): index for group, (index, _) in self._groups}
         for steadiness, groups in self._steady.values():

@@ -50,7 +50,7 @@ class KFQN(torch.optim.Optimizer):
         weight_decay: tau.
         decoupled_weight_decay: multiply parameters by `1 - lr tau`; else `tau [W | b]` is added to the gradient.
         fallback_lr: Adam's rate for parameters without factors. It follows the schedule of `lr`: it is multiplied by
-            `lr` over the `lr` that the group began with.
+            `lr` over the largest `lr` that the group has had.
         betas, eps: Adam's.
         process_group: the processes that average this model's gradients, if no `DistributedDataParallel` does it.
         method: the options of the method, by name: see `options.Options`.
@@ -140,7 +140,7 @@ class KFQN(torch.optim.Optimizer):
             merged["lr"] = merged["fallback_lr"]
         check_group(merged)
         peak = merged["lr"].clone() if isinstance(merged["lr"], Tensor) else merged["lr"]
-        begun = {"base_lr": float(merged["lr"]), "peak_lr": peak, **dict.fromkeys(checkpoint.COUNTERS, 0)}
+        begun = {"peak_lr": peak, **dict.fromkeys(checkpoint.COUNTERS, 0)}
         super().add_param_group({**merged, **begun})
 
     def warm_start(self, batches: Iterable[Any]) -> None:
@@ -301,7 +301,19 @@ class KFQN(torch.optim.Optimizer):
         """
         self._follow_model()
         saved, groups, counters = checkpoint.unpacked(state_dict, self._params())
-        checkpoint.check(self.plan, self.fallback, saved)
+        before = self.plan, self._refused
+        try:
+            self._refused = frozenset()
+            self._make_plan()
+            kinds, left = checkpoint.forms(self.plan, saved)
+            self.plan.kinds |= kinds
+            self._refused = frozenset(left)
+            self._make_plan()
+            checkpoint.check(self.plan, self.fallback, saved)
+        except ValueError:
+            self.plan, self._refused = before
+            self._make_plan()
+            raise
         super().load_state_dict({"state": {}, "param_groups": groups})
         checkpoint.load(self.plan, self.fallback, saved)
         self._steps, skipped, self._warm_started = counters

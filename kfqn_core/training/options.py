@@ -35,7 +35,8 @@ class Options:
             `lambda_G < 1`), or `"levenberg-marquardt"`, Powell on `H_g`, then `y + lambda_G s` (2021).
         activation_factor: how `H_a` is kept. `"action"`, a matrix, by Hessian action (the papers); `"low_rank"`, as a
             diagonal and `rank` directions; `"diagonal"`; `"auto"`, what of these keeps the state at most as large as
-            Adam's, and from at most 4096 input vectors of a mini-batch (`selection.activation_factors`); `"inverse"`,
+            Adam's, from at most 4096 input vectors of a mini-batch (`selection.activation_factors`), matrices from a
+            first `A` that is shrunk to its diagonal (`activation.towards_diagonal`); `"inverse"`,
             a matrix inverted at every update, the slow reference.
         rank: directions of a low-rank `H_a`.
         activation_decay: weight of the past in the running average of `A`; `None` takes the action of `A` from the
@@ -141,7 +142,8 @@ def check_group(group: Mapping[str, Any]) -> None:
     require("momentum", group["momentum"], is_fraction, "a number in [0, 1)")
     require("eps", group["eps"], lambda value: is_number(value) and value >= 0, "a number >= 0")
     betas = group["betas"]
-    require("betas", betas, lambda v: len(v) == 2 and all(map(is_fraction, v)), "two numbers in [0, 1)")
+    require("betas", betas, lambda v: isinstance(v, tuple | list) and len(v) == 2 and all(map(is_fraction, v)),
+            "two numbers in [0, 1)")  # fmt: skip
     require("curvature", group["curvature"], lambda value: isinstance(value, bool), "True or False")
 
 

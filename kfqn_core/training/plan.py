@@ -2,7 +2,8 @@
 
 A parameter may be frozen, unfrozen, moved to another device, cast, replaced (`load_state_dict(assign=True)`) or added
 (an adapter) after the optimizer was made. The plan notices by looking, once a step, at objects and flags that the host
-holds; what was learnt of a layer goes along into the next plan by its name.
+holds; what was learnt of a layer goes along into the next plan by its name. A layer that has been trained stays in the
+plan while it is frozen, as torch's optimizers keep its state.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from kfqn_core.estimate.hooks import Hooks
 from kfqn_core.estimate.statistics import Record
 from kfqn_core.parallel.ranks import Ranks
+from kfqn_core.training.answer import Answer
 from kfqn_core.training.fallback import Fallback
 from kfqn_core.training.groups import Group
 from kfqn_core.training.moves import Bench, Moves
@@ -53,6 +55,7 @@ class Plan:
         moves: what a step does to all layers of so many groups at once as are not large.
         rest: the parameters that the fallback moves, by parameter group.
         new: names of layers that the plan before did not hold, or not as this matrix.
+        moved: names of layers that a step has moved.
     """
 
     def __init__(
@@ -69,10 +72,16 @@ class Plan:
         self.model, self.options, self._ranks = model, options, ranks
         where = {id(p): i for i, group in enumerate(param_groups) for p in group["params"]}
 
-        def may_move(p: nn.Parameter) -> bool:
-            return p.requires_grad and id(p) in where and param_groups[where[id(p)]]["curvature"]
+        resting = set() if last is None else last.resting()
 
-        layers = {n: layer for n, layer in curvature_layers(model, may_move).items() if n not in refused}
+        def may_move(p: nn.Parameter) -> bool:
+            trained = p.requires_grad or id(p) in resting
+            return trained and id(p) in where and param_groups[where[id(p)]]["curvature"]
+
+        layers = {
+            name: layer for name, layer in curvature_layers(model, may_move).items()
+            if name not in refused and (layer.weight.requires_grad or (last is not None and name in last.moved))
+        }  # fmt: skip
         if options.pairs is not None:
             layers = {name: layer for name, layer in layers.items() if layer.part.shows_h}
         self.kinds = self._kinds(layers, last)
@@ -88,7 +97,10 @@ class Plan:
         places = {layer.name: (group, i) for group, _ in self.groups for i, layer in enumerate(group.layers)}
         self.places = {name: places[name] for name in layers}  # in the order of the model
         covered = {id(p) for layer in layers.values() for p in layer.parameters}
-        self.rest = [[p for p in group["params"] if p.requires_grad and id(p) not in covered] for group in param_groups]
+        self.rest = [
+            [p for p in group["params"] if (p.requires_grad or p in fallback.state) and id(p) not in covered]
+            for group in param_groups
+        ]
         for p in (p for params in self.rest for p in params):
             fallback.adopt(p, device)
         self._fingerprint = self._look(param_groups)
@@ -99,6 +111,7 @@ class Plan:
         for name in self.hooks:
             self.hooks[name].vectors = ROWS if few else None
         self.new: set[str] = set()
+        self.moved: set[str] = set() if last is None else last.moved & self.places.keys()
         self._watched: dict[int, Any] = {}  # by group, what its hooks were told last
         if last is not None:
             self._take_over(last)
@@ -144,6 +157,13 @@ class Plan:
                 if "M" in own and "M" in saved and own["M"].shape == saved["M"].shape and not saved["M"].is_meta:
                     group.load_momentum(i, side, saved["M"])
 
+    def resting(self) -> set[int]:
+        """The parameters, by `id`, of layers that were trained and are frozen now: what was learnt of them is kept."""
+        layers = [self.layer(name) for name in self.moved]
+        return {
+            id(p) for layer in layers for p in layer.parameters if not any(q.requires_grad for q in layer.parameters)
+        }
+
     def unseen(self, records: Mapping[str, Record]) -> list[str]:
         """Layers whose weight has a gradient, which have no first estimate, and of which no use was seen.
 
@@ -151,14 +171,22 @@ class Plan:
         """
         names = [name for name, (group, i) in self.places.items() if i in group.unsettled]
         flags = [
-            self.layer(name).weight.grad is not None and name not in records and not self.hooks[name].empty
+            self.layer(name).weight.requires_grad and self.layer(name).weight.grad is not None
+            and name not in records and not self.hooks[name].empty
             for name in names
         ]  # fmt: skip
         if names and not self._ranks.alone:
             device = self.places[names[0]][0].started.device
             counts = self._ranks.sum(torch.tensor([float(flag) for flag in flags], device=device))
             flags = (counts == self._ranks.size).tolist()  # waits, in the first steps
-        return [name for name, flag in zip(names, flags, strict=True) if flag]
+        unseen = [name for name, flag in zip(names, flags, strict=True) if flag]
+        if not unseen:
+            return []
+        # A gradient of zeros needs no explanation. Looking waits for the device, and is rare.
+        gradients = [g for name in unseen if (g := self.layer(name).weight.grad) is not None]
+        sizes = torch._foreach_norm(gradients, torch.inf)
+        some = Answer(torch.stack([size != 0 for size in sizes])).known(wait=True)
+        return [name for name, differs in zip(unseen, some or [True] * len(unseen), strict=True) if differs]
 
     def watch(self, refresh: bool, *, every_step: bool) -> None:
         """Look at the mini-batches of the next step only where it needs them: between updates gradients are enough."""
@@ -218,10 +246,14 @@ class Plan:
         return [group for group, _ in self.groups]
 
     def moving(self) -> list[nn.Parameter]:
-        """Every parameter of the plan that has a gradient."""
-        layers = [p for group, _ in self.groups for layer in group.layers for p in layer.parameters]
-        rest = [p for params in self.rest for p in params]
-        return [p for p in layers + rest if p.grad is not None]
+        """Every parameter of the plan that has a gradient; layers of which one has are noted as `moved`."""
+        found = []
+        for name, (group, i) in self.places.items():
+            own = [p for p in group.layers[i].parameters if p.grad is not None]
+            if own:
+                self.moved.add(name)
+            found += own
+        return found + [p for params in self.rest for p in params if p.grad is not None]
 
     def state_numbers(self, fallback: Fallback) -> int:
         """Bytes of everything that lives from one step to the next."""

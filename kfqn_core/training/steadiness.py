@@ -62,19 +62,19 @@ class Steadiness:
         self._of_bias = torch.tensor(list(biases), dtype=torch.long, device=kept.device)
         self._momenta: dict[tuple[float, ...], Tensor] = {}  # `[layers]`, made once: a copy waits for the device
 
-    def observe(self, lengths: Mapping[int, Tensor], momenta: Sequence[float], finite: Tensor) -> None:
+    def observe(self, lengths: Mapping[nn.Parameter, Tensor], momenta: Sequence[float], finite: Tensor) -> None:
         """Take in a mini-batch where the bool scalar `finite` holds, for layers whose weight has a gradient.
 
         Args:
-            lengths: of gradients, scalars by the `id` of their parameter.
+            lengths: of gradients, scalars by parameter.
             momenta: of every layer.
             finite: bool scalar.
         """
         if all(p.grad is not None for p in self._params):
-            of_params, where = [lengths[id(p)] for p in self._params], finite.to(self.kept.device)
+            of_params, where = [lengths[p] for p in self._params], finite.to(self.kept.device)
         else:
             none = self.kept.new_zeros(())
-            of_params = [none if p.grad is None else lengths[id(p)] for p in self._params]
+            of_params = [none if p.grad is None else lengths[p] for p in self._params]
             moving = torch.tensor([p.grad is not None for p in self._weights], device=self.kept.device)
             where = finite.to(self.kept.device) & moving
         observe(self.kept, self._squares(of_params), self._momentum(tuple(momenta)), where)

@@ -133,8 +133,7 @@ def test_a_state_of_something_else_is_refused_and_nothing_changes():
     kept = copy.deepcopy(optimizer.state_dict())
     others = [
         torch.optim.Adam(model.parameters()).state_dict(), KFQN(mlp(5, 8, 3)).state_dict(),
-        KFQN(network(), pairs="next_batch").state_dict(),
-        KFQN(network(), activation_factor="diagonal").state_dict(), {},
+        KFQN(network(), pairs="next_batch").state_dict(), KFQN(network(), activation_decay=0.9).state_dict(), {},
     ]  # fmt: skip
     for other in others:
         with pytest.raises(ValueError):  # noqa: PT011 - whatever it says

@@ -1,0 +1,89 @@
+"""States of optimizers with a history: layers left to Adam, or unfrozen later, resume as they were."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from kfqn_core import KFQN
+from tests.field.programs import heard, train
+
+
+class Functional(nn.Module):
+    """Uses a weight past its layer, as Mamba and Wav2Vec2 do."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return nn.functional.linear(torch.tanh(self.a(x)), self.b.weight, self.b.bias)
+
+
+def deep():
+    return nn.Sequential(nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 3))
+
+
+def resumed_equals_going_on(model, optimizer, x):
+    twin = copy.deepcopy(model)
+    other = KFQN(twin)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for network, its in ((model, optimizer), (twin, other)):
+        train(its, lambda network=network: (network(x) - 1).square().mean(), 4)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    assert set(other.layers) == set(optimizer.layers)
+
+
+def test_a_layer_that_was_left_to_adam_resumes_there():
+    torch.manual_seed(0)
+    model, x = Functional(), torch.randn(16, 4)
+    optimizer = KFQN(model)
+    with heard():
+        train(optimizer, lambda: (model(x) - 1).square().mean(), 3)
+    assert list(optimizer.layers) == ["a"]
+    resumed_equals_going_on(model, optimizer, x)
+
+
+def test_layers_unfrozen_later_resume_in_their_form():
+    """The forms of H_a that are chosen one layer after the other are others than those chosen for all at once."""
+    torch.manual_seed(0)
+    model, x = deep(), torch.randn(16, 40)
+    model[0].requires_grad_(False)
+    model[2].requires_grad_(False)
+    optimizer = KFQN(model)
+    train(optimizer, lambda: (model(x) - 1).square().mean(), 1)
+    model.requires_grad_(True)
+    train(optimizer, lambda: (model(x) - 1).square().mean(), 3)
+    assert optimizer.plan.kinds != KFQN(deep()).plan.kinds
+    resumed_equals_going_on(model, optimizer, x)
+
+
+def test_a_layer_that_was_frozen_when_saved_starts_anew():
+    torch.manual_seed(0)
+    model, x = deep(), torch.randn(16, 40)
+    model[0].requires_grad_(False)
+    optimizer = KFQN(model)
+    train(optimizer, lambda: (model(x) - 1).square().mean(), 3)
+    saved = copy.deepcopy(optimizer.state_dict())
+    model.requires_grad_(True)
+    loaded = KFQN(model)
+    loaded.load_state_dict(saved)
+    assert {name: layer.started for name, layer in loaded.layers.items()} == {"0": False, "2": True, "4": True}
+    train(loaded, lambda: (model(x) - 1).square().mean(), 1)
+    assert loaded.layers["0"].started
+
+
+@pytest.mark.parametrize("other", [{"pairs": "next_batch"}, {"activation_decay": 0.9}])
+def test_a_state_that_does_not_fit_changes_nothing(other):
+    torch.manual_seed(0)
+    model, x = Functional(), torch.randn(16, 4)
+    optimizer = KFQN(model)
+    with heard():
+        train(optimizer, lambda: (model(x) - 1).square().mean(), 3)
+    kept = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="does not fit"):
+        optimizer.load_state_dict(KFQN(Functional(), **other).state_dict())
+    now = optimizer.state_dict()
+    assert all(torch.equal(now["state"][i][k], v) for i, of in kept["state"].items() for k, v in of.items())
+    assert list(optimizer.layers) == ["a"]

@@ -1,0 +1,76 @@
+"""What follows a layer may write over its output, which for inputs of three axes is a view."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from kfqn_core import KFQN
+from tests.field.programs import error, silence, train
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.out = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h, _ = self.attention(x, x, x)
+        h += x
+        return self.out(h)
+
+
+class Added(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.out = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.inner(x)
+        h += x
+        h[..., 0].mul_(2.0)
+        return self.out(h)
+
+
+MODELS = {
+    "relu": lambda: nn.Sequential(nn.Linear(8, 6), nn.ReLU(inplace=True), nn.Linear(6, 3)),
+    "silu and dropout": lambda: nn.Sequential(
+        nn.Linear(8, 6), nn.SiLU(inplace=True), nn.Dropout(0.0, inplace=True), nn.Linear(6, 3)
+    ),
+    "unbatched convolution": lambda: nn.Sequential(nn.Conv1d(4, 5, 3), nn.ReLU(inplace=True), nn.Linear(6, 3)),
+    "attention": Residual,
+    "added": Added,
+}
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 8), (4, 8)])
+@pytest.mark.parametrize("pairs", [None, "next_batch"])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_layer_is_seen(name, pairs, shape):
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    optimizer, x = KFQN(model, pairs=pairs), torch.randn(shape)
+    names = set(optimizer.layers)
+    with silence():
+        train(optimizer, lambda: model(x).square().mean(), 3)
+    assert set(optimizer.layers) == names
+    assert all(layer.started for layer in optimizer.layers.values())
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 8), (2, 3, 4, 8), (5, 8), (8,)])
+def test_gradients_are_those_of_before(shape):
+    """Means of h and of its gradient, against the same network that writes over nothing."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    model = copy.deepcopy(plain)
+    model[1].inplace = True
+    x = torch.randn(shape, dtype=torch.float64)
+    found = []
+    for network in (plain, model):
+        optimizer = KFQN(network, pairs="next_batch")
+        network(x).square().mean().backward()
+        found.append(optimizer.plan.hooks.pop())
+    for name, record in found[0].items():
+        assert error(found[1][name].mean_gradient(), record.mean_gradient()) < 1e-14
+        assert error(found[1][name].mean_output(), record.mean_output()) < 1e-14
