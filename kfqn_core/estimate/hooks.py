@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from kfqn_core.estimate.graph import Saved, hear, reach
 from kfqn_core.estimate.statistics import Record, Use, serials, thin
 from kfqn_core.layers import Call, Part
 from kfqn_core.parallel.ranks import Ranks
@@ -206,8 +207,10 @@ class Watch:
             thin(self._uses + self._captured, entries=FEW * self.part.view.d_in)
             self._thinned = True
         sight = _Sight(self, call, self._weight if zero is None else zero, recomputed=enclosing != -1)
-        if sight.samples:
-            _hear(h, sight)
+        if sight.samples and isinstance(call.x, Tensor):
+            hear(h, sight)
+        elif sight.samples:
+            h.register_hook(sight)  # it reads the node below, which may not hold it: nobody frees that circle
         else:
             self.empty = True
         return replacement
@@ -227,7 +230,7 @@ class Watch:
 
     def reached(self, sight: _Sight, grad: Tensor) -> None:
         """Backward has come to a use: note it, and what the gradient is, until it has come to the weight."""
-        counts = _counts(sight.leaf)
+        counts = reach(sight.leaf)
         if counts == "no":
             return
         self._stale = self._cleared()
@@ -297,7 +300,7 @@ class _Sight:
             self.T = view.locations(x)
             self.from_data = call.x.grad_fn is None
             if watch.mode == "gradient":
-                self.input, self.origin = _Saved(x), StorageWeakRef(x.untyped_storage())
+                self.input, self.origin = Saved(x), StorageWeakRef(x.untyped_storage())
         elif watch.mode == "gradient":
             self.input = call.x
         if watch.outputs and call.shows_h:
@@ -321,7 +324,7 @@ class _Sight:
             x = self.input()
         except RuntimeError:  # autograd's own check of versions
             return use
-        if not isinstance(self.input, _Saved):
+        if not isinstance(self.input, Saved):
             x = self.view.batched(x)
             use.samples = x.shape[0]
         if not torch._C._autograd._get_current_graph_task_keep_graph():
@@ -336,50 +339,6 @@ class _Sight:
             use.x = x.clone()  # a buffer of the user's, who may fill it again before the step
         use.version = use.x._version
         return use
-
-
-def _hear(h: Tensor, hook: Callable[[Tensor], None]) -> None:
-    """Call `hook` with the gradient of `h` as it is now, whatever is done to `h` in place afterwards.
-
-    A hook on a tensor holds for its value of the moment; but where `h` is a view (of a fully connected layer with more
-    axes than two), an operation in place gives its base a new history, which leaves out the node of the view.
-    """
-    base = h._base
-    if base is None or base.grad_fn is None or base.numel() != h.numel() or not base.is_contiguous():
-        h.register_hook(hook)
-        return
-    shape, stride, offset = base.shape, h.stride(), h.storage_offset() - base.storage_offset()
-    sizes = h.shape
-
-    def heard(gradients: Sequence[Tensor | None]) -> None:
-        if gradients[0] is not None:
-            hook(gradients[0].reshape(shape).contiguous().as_strided(sizes, stride, offset))
-
-    base.grad_fn.register_prehook(heard)
-
-
-class _Saved:
-    """A tensor that the graph has saved, as it saves its own: dropped and recomputed by activation checkpointing."""
-
-    def __init__(self, x: Tensor):
-        # In older versions of torch a node alone does not keep what it has saved: its output does.
-        self._output = _Save.apply(x, torch.empty(0, requires_grad=True, device="cpu"))
-
-    def __call__(self) -> Tensor:
-        return self._output.grad_fn.saved_tensors[0]
-
-
-class _Save(torch.autograd.Function):
-    """Saves its first argument; the second is a leaf, so that there is a node."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return anchor.new_empty(0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
-        return None, None
 
 
 class _Hook:
@@ -412,15 +371,6 @@ class _AccumulatedHook(_Hook):
         watch = self._watch()
         if watch is not None:
             watch.accumulated()
-
-
-def _counts(leaf: Tensor) -> str:
-    """Whether this backward accumulates into a leaf: "yes", "no", or "captured" by `autograd.grad`."""
-    try:
-        node = torch.autograd.graph.get_gradient_edge(leaf).node
-        return "yes" if torch._C._will_engine_execute_node(node) else "no"
-    except RuntimeError:
-        return "captured"
 
 
 def _remove(handles: list[Any]) -> None:

@@ -10,13 +10,15 @@ the same. `out_proj` is an ordinary fully connected layer, whose input o never l
 
 What a hook on the module sees is x_q, x_k, x_v and y. So q, k and v are not shown; y is the pre-activation of W_o, and
 a tensor through which every gradient passes on its way to all four matrices. And o is what autograd keeps for the
-weight gradient of W_o: `saved_input` finds it there.
+weight gradient of W_o: `saved_input` finds it there. Where no gradients are computed nobody keeps o, and PyTorch may
+take a faster way that never forms it: `graph_of_its_own` has it kept all the same.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -195,11 +197,55 @@ def one_projection(
 def out_projection(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call | None:
     """What a call showed of `out_proj`: its input, `[rows, E]`, from the graph once backward has come to the output.
 
-    `shows_h` is False although the output is `h`: rows stand in another order.
+    At once where there are no rows, and where nobody computes gradients and the graph is one of its own
+    (`graph_of_its_own`): no backward will come. `shows_h` is False although the output is `h`: rows stand in another
+    order.
     """
     y = _attended(output)
-    x = None if y is None else saved_input(y, module.get_parameter("out_proj.weight"))
-    return None if y is None or x is None else Call(x, y, shows_h=False)
+    if y is None:
+        return None
+    if y.numel() == 0:
+        return Call(y.detach().reshape(0, y.shape[-1]), y, shows_h=False)
+    x = saved_input(y, module.get_parameter("out_proj.weight"))
+    if x is None:
+        return None
+    return Call(x if torch.is_grad_enabled() else x(), y, shows_h=False)
+
+
+@contextmanager
+def graph_of_its_own(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, each of these attention modules keeps the input of its `out_proj` also where no gradients are computed.
+
+    The module runs with gradients, as it does in training, and its hooks see an output with a graph, from which
+    `out_projection` reads. What is behind the hooks gets the output without it. Memory: what autograd keeps of one call
+    of one module at a time. A call in which gradients are computed anyway, or of nested tensors, which only the way
+    without gradients knows, is left as it is.
+    """
+    restore = []
+    for module in modules:
+        handle = module.register_forward_hook(_without_graph)  # the last one: after those that look
+        restore.append((module, handle, vars(module).get("forward")))
+        vars(module)["forward"] = partial(_with_graph, module, module.forward)
+    try:
+        yield
+    finally:
+        for module, handle, forward in restore:
+            handle.remove()
+            if forward is None:
+                del vars(module)["forward"]
+            else:
+                vars(module)["forward"] = forward
+
+
+def _with_graph(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with torch.set_grad_enabled(torch.is_grad_enabled() or _inputs(module, args, kwargs) is not None):
+        return forward(*args, **kwargs)
+
+
+def _without_graph(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    if torch.is_grad_enabled() or not isinstance(output, tuple):
+        return None
+    return tuple(x.detach() if isinstance(x, Tensor) else x for x in output)
 
 
 def saved_input(y: Tensor, weight: nn.Parameter) -> Callable[[], Tensor] | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kfqn_core.estimate.activation import ActivationFactor
+from kfqn_core.layers.attention import graph_of_its_own, out_projection
 from kfqn_core.parallel.ranks import Ranks
 from kfqn_core.training.plan import Plan
 from kfqn_core.training.preserve import cuda_devices, restored, run_on
@@ -19,17 +20,33 @@ def warm_start(model: nn.Module, plan: Plan, ranks: Ranks, batches: Iterable[Any
     """First estimates of all factors from the mean of `A` over `batches`; see `KFQN.warm_start`.
 
     A matrix is summed up and inverted once; smaller forms see one mini-batch after the other, all with equal weight.
+
+    An `out_proj` of attention whose input stays hidden (in a compiled module, or under hooks of one's own on saved
+    tensors) is left as it is: it starts from its first mini-batch, as all layers do without a warm start.
+
+    Raises:
+        RuntimeError: if another layer was not used by a mini-batch.
+        ValueError: if there is no mini-batch.
     """
     sums: dict[str, Tensor] = {}
     samples = dict.fromkeys(plan.places, 0)
     locations = dict.fromkeys(plan.places, 0.0)
-    with restored(model, cuda_devices(model.parameters())), plan.hooks.inputs_only():
+    layers = {name: plan.layer(name) for name in plan.places}
+    hidden = {name: layer.module for name, layer in layers.items() if layer.part.call is out_projection}
+    # In this order: what `graph_of_its_own` takes away in a hook, the hooks of the plan have seen before.
+    with (
+        restored(model, cuda_devices(model.parameters())),
+        plan.hooks.inputs_only(),
+        graph_of_its_own(hidden.values()),
+    ):
         for batch in batches:
             run_on(model, batch)
             records = plan.hooks.pop()
             ranks.require_group()
             for name, (group, i) in plan.places.items():
                 if name not in records:
+                    if name in hidden:
+                        continue
                     raise RuntimeError(f"layer {name!r} was not used in the forward pass: freeze or remove it")
                 record = records[name]
                 before, samples[name] = samples[name], samples[name] + record.samples
@@ -44,9 +61,11 @@ def warm_start(model: nn.Module, plan: Plan, ranks: Ranks, batches: Iterable[Any
     for group in plan.layer_groups:
         names = [layer.name for layer in group.layers]
         if group.options.split:
-            T = torch.tensor([locations[name] / samples[name] for name in names], dtype=torch.float64)
+            means = [locations[name] / samples[name] if samples[name] else 1.0 for name in names]
+            T = torch.tensor(means, dtype=torch.float64)
             group.split_damping(ranks.mean(T.to(group.started.device)).tolist())
         for i, name in enumerate(names):
             if name in sums:
                 group.start_from(i, ranks.mean(sums[name] / samples[name]))
-            group.settle(i)
+            if samples[name]:
+                group.settle(i)

@@ -1,0 +1,62 @@
+"""What the graph of a pass tells and keeps: gradients of outputs, saved inputs, and which backward comes by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def hear(h: Tensor, hook: Callable[[Tensor], None]) -> None:
+    """Call `hook` with the gradient of `h` as it is now, whatever is done to `h` in place afterwards.
+
+    A hook on a tensor holds for its value of the moment; but where `h` is a view (of a fully connected layer with more
+    axes than two), an operation in place gives its base a new history, which leaves out the node of the view.
+    """
+    base = h._base
+    if base is None or base.grad_fn is None or base.numel() != h.numel() or not base.is_contiguous():
+        h.register_hook(hook)
+        return
+    shape, stride, offset = base.shape, h.stride(), h.storage_offset() - base.storage_offset()
+    sizes = h.shape
+
+    def heard(gradients: Sequence[Tensor | None]) -> None:
+        if gradients[0] is not None:
+            hook(gradients[0].reshape(shape).contiguous().as_strided(sizes, stride, offset))
+
+    base.grad_fn.register_prehook(heard)
+
+
+class Saved:
+    """A tensor that the graph has saved, as it saves its own: dropped and recomputed by activation checkpointing."""
+
+    def __init__(self, x: Tensor):
+        # In older versions of torch a node alone does not keep what it has saved: its output does.
+        self._output = _Save.apply(x, torch.empty(0, requires_grad=True, device="cpu"))
+
+    def __call__(self) -> Tensor:
+        return self._output.grad_fn.saved_tensors[0]
+
+
+class _Save(torch.autograd.Function):
+    """Saves its first argument; the second is a leaf, so that there is a node."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return anchor.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def reach(leaf: Tensor) -> str:
+    """Whether this backward accumulates into a leaf: "yes", "no", or "captured" by `autograd.grad`."""
+    try:
+        node = torch.autograd.graph.get_gradient_edge(leaf).node
+        return "yes" if torch._C._will_engine_execute_node(node) else "no"
+    except RuntimeError:
+        return "captured"

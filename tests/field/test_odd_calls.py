@@ -1,0 +1,221 @@
+"""Calls that hooks have not been made for: odd inputs, odd outputs, evaluation mode; a user notices nothing."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from kfqn_core import KFQN
+from tests.field.programs import (
+    H_of,
+    difference,
+    heard,
+    randn,
+    silence,
+    still,
+    train,
+    twins,
+    values,
+)
+
+# -- hooks that meet something odd
+
+
+class Mixture(nn.Module):
+    """Tokens go to one of three experts; some experts get nothing in some steps."""
+
+    def __init__(self, make):
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = nn.ModuleList([make() for _ in range(3)])
+
+    def forward(self, x, which):
+        out = torch.zeros(len(x), 3)
+        for i, expert in enumerate(self.experts):
+            out = out.index_add(0, (which == i).nonzero()[:, 0], expert(x[which == i]))
+        return out
+
+
+@pytest.mark.parametrize("pairs", [None, "next_batch", "second_pass"])
+@pytest.mark.parametrize("without", [0, 1])
+def test_an_expert_without_tokens_contributes_nothing(pairs, without):
+    model = Mixture(lambda: nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3)))
+    optimizer, x = KFQN(model, pairs=pairs, refresh=1, lr=0.01), randn(12, 5)
+    for step in range(8):
+        which = torch.arange(12) % 3
+        empty = step % 2 == without
+        if empty:
+            which[which == 1] = 2
+
+        def closure(which=which):
+            optimizer.zero_grad()
+            loss = model(x, which).square().mean()
+            loss.backward()
+            return loss
+
+        with silence():
+            before = optimizer.layers["experts.1.0"].activation.H.clone()
+            optimizer.step(closure)
+        if empty:
+            assert torch.equal(optimizer.layers["experts.1.0"].activation.H, before)
+    assert all(layer.started for layer in optimizer.layers.values())
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 6, 6), (0, 3, 9, 6)])
+def test_zero_images_count_as_nothing(shape):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    optimizer = KFQN(model, activation_factor="action")
+    x = randn(8, 3, 6, 6)
+    with silence():
+        train(optimizer, lambda: model(x).square().mean(), 3)
+        H = H_of(optimizer, "0").clone()
+        train(optimizer, lambda: model(torch.zeros(shape)).square().sum(), 2)
+        assert torch.equal(H, H_of(optimizer, "0"))
+        train(optimizer, lambda: model(x).square().mean() + model(torch.zeros(shape)).sum(), 2)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_an_unbatched_sample_is_one_sample():
+    """As agents act: one observation at a time, an image without its batch dimension."""
+    runs = []
+    for batched in (False, True):
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"see": nn.Conv2d(2, 3, 3), "act": nn.Linear(12, 4)})
+        optimizer = KFQN(model, activation_factor="action")
+        for step in range(5):
+            x = randn(2, 4, 4, seed=step)
+            optimizer.zero_grad()
+            with silence():
+                h = model["see"](x[None] if batched else x)
+                model["act"](h.flatten(1) if batched else h.flatten()).square().mean().backward()
+                optimizer.step()
+        runs.append(model)
+    assert difference(*runs) < 1e-6
+
+
+def test_an_unbatched_sequence_is_one_sequence():
+    torch.manual_seed(0)
+    one = nn.ModuleDict({"read": nn.Conv1d(4, 8, 3), "mix": nn.MultiheadAttention(8, 2, batch_first=True)})
+    two, x = twins(one)[1], randn(1, 4, 7)
+    for model, batched in ((one, False), (two, True)):
+        optimizer = KFQN(model, lr=0.003)  # steps that rounding errors hardly turn
+        for _ in range(4):
+            optimizer.zero_grad()
+            with silence():
+                h = model["read"](x if batched else x[0]).mT
+                model["mix"](h, h, h)[0].square().mean().backward()
+                optimizer.step()
+    assert difference(one, two) < 1e-5
+
+
+def sparse_input(layer):
+    return layer(randn(6, 5).relu().to_sparse()).square().mean()
+
+
+def nested_input(layer):
+    parts = torch.nested.nested_tensor([randn(2, 5), randn(3, 5)], layout=torch.jagged)
+    return layer(parts).values().square().mean()
+
+
+def subclass_input(layer):
+    return layer(randn(6, 5).as_subclass(Labelled)).square().mean()
+
+
+class Labelled(torch.Tensor):
+    """A tensor that somebody has derived, as fastai and monai do."""
+
+
+ODD = {"sparse": sparse_input, "nested": nested_input, "subclass of a tensor": subclass_input}
+
+
+@pytest.mark.parametrize("run", ODD.values(), ids=ODD)
+@pytest.mark.parametrize("step", [0, 3, 26])
+def test_odd_inputs_never_stop_a_forward(run, step):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"odd": nn.Linear(5, 3), "plain": nn.Linear(5, 3)})
+    optimizer, x, before = KFQN(model), randn(8, 5), values(model)
+    with heard() as messages:
+        for i in range(step + 2):
+            optimizer.zero_grad()
+            odd = run(model["odd"]) if i >= step else model["odd"](x).square().mean()
+            (odd + model["plain"](x).square().mean()).backward()
+            optimizer.step()
+    assert not still(model, before)
+    assert len(messages) == 0 or ["odd" in text for text in messages] == [True]
+
+
+@pytest.mark.parametrize("device", ["complex", "half and float"])
+def test_inputs_of_another_dtype(device):
+    torch.manual_seed(0)
+    model = nn.ModuleDict(
+        {"a": nn.Linear(5, 5, dtype=torch.cfloat if device == "complex" else None), "b": nn.Linear(5, 3)}
+    )
+    optimizer, before = KFQN(model), values(model)
+    x = randn(8, 5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        with heard(), torch.autocast("cpu", torch.bfloat16, enabled=device != "complex"):
+            h = model["a"](x.cfloat()).abs() if device == "complex" else model["a"](x)
+            model["b"](h).float().square().mean().backward()
+        with silence():
+            optimizer.step()
+    assert not still(model, before)
+    assert optimizer.layers["b"].started
+
+
+# -- evaluation mode
+
+FROZEN_NORMS = {
+    "images": lambda: nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout2d(0.5), nn.Flatten(), nn.Linear(64, 3)
+    ),
+    "attention": lambda: nn.Sequential(
+        nn.Flatten(2), nn.TransformerEncoderLayer(36, 2, 20, dropout=0.3), nn.Flatten(), nn.Linear(108, 3)
+    ),
+}
+
+
+@pytest.mark.parametrize("make", FROZEN_NORMS.values(), ids=FROZEN_NORMS)
+@pytest.mark.parametrize("pairs", [None, "second_pass"])
+def test_training_in_evaluation_mode_is_training(make, pairs):
+    torch.manual_seed(0)
+    model = make().eval()
+    optimizer, x, y = KFQN(model, pairs=pairs, lr=0.01), randn(8, 3, 6, 6), torch.arange(8) % 3
+    before, buffers = values(model), [b.clone() for b in model.buffers()]
+
+    def closure():
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    with silence():
+        losses = [optimizer.step(closure).item() for _ in range(30)]
+    assert losses[-1] < 0.7 * losses[0]
+    assert not still(model, before)
+    assert all(map(torch.equal, buffers, model.buffers()))
+    assert all(layer.started for layer in optimizer.layers.values())
+
+
+def test_a_backbone_in_evaluation_mode_under_a_head_in_training_mode():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"body": nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8)), "head": nn.Linear(8, 3)})
+    same = twins(model)[1]
+    model["body"].eval()
+    x, runs = randn(16, 5), []
+    for net in (model, same):
+        optimizer = KFQN(net)
+        if net is same:  # what evaluation mode computes, written out
+            layer, norm = net["body"]
+            settings = norm.running_mean, norm.running_var, norm.weight, norm.bias
+            run = lambda net=net, layer=layer, settings=settings: (  # noqa: E731
+                net["head"](functional.batch_norm(layer(x), *settings)).square().mean()
+            )
+        else:
+            run = lambda net=net: net["head"](net["body"](x)).square().mean()  # noqa: E731
+        with silence():
+            train(optimizer, run, 10)
+        runs.append(net)
+    assert difference(*runs) < 1e-6
