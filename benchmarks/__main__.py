@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from benchmarks import check, report
+from benchmarks import check, report, yours
 from benchmarks.costs import step_cost_table
 from benchmarks.gpu import script
 from benchmarks.methods import METHODS
@@ -41,6 +41,11 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def step_cost(arguments: argparse.Namespace) -> int:
+    """Of problems of the comparison, or of one model of anybody's."""
+    return yours.main(arguments) if arguments.model else step_cost_table(arguments)
+
+
 def main(arguments: list[str] | None = None) -> int:
     one_thread()
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
@@ -56,8 +61,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     trained = [key for key, task in TASKS.items() if task.steps is not None]
     everyone = list(METHODS)
-    sub = command("step-cost", step_cost_table, "cost of a step against its floor", ["P1", "P4"], everyone)
+    sub = command("step-cost", step_cost, "cost of a step against its floor", ["P1", "P4"], everyone)
     sub.add_argument("--turns", type=int, default=15, help="turns that each method takes")
+    sub.add_argument("--model", metavar="MODULE:FUNCTION", help="a model of yours instead: see benchmarks/yours.py")
     sub = command("run", run, "run what is missing from the results", trained, everyone)
     sub.add_argument("--seeds", type=int, default=5, help="fresh seeds")
     sub.add_argument("--horizon", nargs="+", type=int, choices=(1, 10), default=[1], help="multiples of N")

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
+from tqdm.auto import tqdm
 
+from benchmarks.counting import count
 from benchmarks.flops import floor_ratio, shapes
 from benchmarks.methods import METHODS, state_bytes
 from benchmarks.timing import NEVER, mean_interval
@@ -25,13 +27,14 @@ from kfqn_core.lab.further_problems import token_cross_entropy
 from kfqn_core.lab.networks import GPT, multilayer_perceptron, residual_network
 from kfqn_core.lab.problems import autoencoder, pixel_cross_entropy
 
-__all__ = ["CASES", "Case", "captured", "fused_adam", "measure"]
+__all__ = ["CASES", "Case", "Made", "captured", "fused_adam", "measure", "rows_of"]
 
 TURNS, TURN = 5, 0.05  # turns of each contestant, and seconds of each, about
 STEPS = 1000  # of a run, over which steps that update and steps that do not are put together
 WARM_UP = 4
 TOP = 12  # kernels named of every profile
 Step = Callable[[], Any]
+Made = Callable[[torch.device], tuple[nn.Module, Callable[[], Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,26 @@ class Case:
     classes: int | None = None  # None: the target is the input
     tokens: bool = False
     bfloat16: bool = False
+
+    def made(self, device: torch.device) -> tuple[nn.Module, Callable[[], Tensor]]:
+        """The model on a device, and what gives its loss on the mini-batch."""
+        with device:
+            model = self.make()
+        x, y = self.batch_on(device)
+
+        def loss() -> Tensor:
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.bfloat16):
+                return self.loss(model(x), y)
+
+        return model, loss
+
+    def batch_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Noise as inputs, and targets."""
+        if self.tokens:
+            x = torch.randint(self.classes or 2, (self.batch, *self.inputs), device=device)
+            return x, x.roll(-1, 1)
+        x = torch.rand(self.batch, *self.inputs, device=device)
+        return x, x if self.classes is None else torch.randint(self.classes, (self.batch,), device=device)
 
 
 def resnet50() -> nn.Module:
@@ -132,15 +155,26 @@ def machine(device: torch.device) -> dict[str, float]:
 
 
 def _of_case(case: Case, device: torch.device) -> dict[str, Any]:
+    return {"rows": rows_of(case.made, device), **_floors(case, device, mean_interval(METHODS["kfqn"], STEPS))}
+
+
+def rows_of(made: Made, device: torch.device, *, detailed: bool = True) -> dict[str, dict[str, Any]]:
+    """What a step of every contestant costs on one model, and of KFQN put together over a run.
+
+    Args:
+        made: gives a model and what computes its loss, afresh for every contestant.
+        device: of both.
+        detailed: whether kernels are counted and named.
+    """
     rows: dict[str, dict[str, Any]] = {}
-    for name, make in CONTESTANTS.items():
+    for name, make in tqdm(CONTESTANTS.items(), desc="step costs", leave=False):
         rows[name] = row = {}
         for mode in ("eager", "graph"):
             if mode == "graph" and (device.type != "cuda" or name not in GRAPHED):
                 continue
             torch.manual_seed(0)
             try:
-                row |= _of_contestant(case, make, device, mode)
+                row |= _of_contestant(made, make, device, mode, detailed)
             except Exception as error:  # of a peer, or of a mode: the others go on
                 row[f"{mode} failed"] = f"{type(error).__name__}: {error}"[:200]
             gc.collect()  # models and closures hold each other
@@ -155,18 +189,18 @@ def _of_case(case: Case, device: torch.device) -> dict[str, Any]:
             for peer in ("adam", "muon", "soap"):
                 if (of_peer := rows[peer].get(mode, rows[peer].get("eager ms"))) is not None:
                     rows["kfqn"][f"{mode[:-3]} to {peer}"] = together / of_peer
-    return {"rows": rows, **_floors(case, device, interval)}
+    return rows
 
 
-def _of_contestant(case: Case, make: Callable[[nn.Module], Any], device: torch.device, mode: str) -> dict[str, Any]:
-    with device:
-        model = case.make()
-    optimizer, (x, y) = make(model), _batch(case, device)
+def _of_contestant(
+    made: Made, make: Callable[[nn.Module], Any], device: torch.device, mode: str, detailed: bool
+) -> dict[str, Any]:
+    model, loss_of_batch = made(device)
+    optimizer = make(model)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        with torch.autocast(device.type, torch.bfloat16, enabled=case.bfloat16):
-            loss = case.loss(model(x), y)
+        loss = loss_of_batch()
         loss.backward()
         return loss
 
@@ -176,21 +210,15 @@ def _of_contestant(case: Case, make: Callable[[nn.Module], Any], device: torch.d
     row: dict[str, Any] = {"eager ms": _seconds(lambda: optimizer.step(closure), device) * 1e3}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    row |= _profile(lambda: optimizer.step(closure), device)
+    row |= _profile(lambda: optimizer.step(closure), device) if detailed else {}
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     row["MB of state"] = state_bytes(optimizer) / 1e6
     row["MB of parameters"] = parameters / 1e6
     if device.type == "cuda":
         row["MB at most"] = torch.cuda.max_memory_allocated() / 1e6
+    else:
+        row["operations"] = count(lambda: optimizer.step(closure)).operations
     return row
-
-
-def _batch(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:
-    if case.tokens:
-        x = torch.randint(case.classes or 2, (case.batch, *case.inputs), device=device)
-        return x, x.roll(-1, 1)
-    x = torch.rand(case.batch, *case.inputs, device=device)
-    return x, x if case.classes is None else torch.randint(case.classes, (case.batch,), device=device)
 
 
 def captured(step: Step) -> Step:
@@ -258,7 +286,7 @@ def _floors(case: Case, device: torch.device, interval: float) -> dict[str, Any]
     }
     found: dict[str, Any] = {"MB moved at least": {name: size / 1e6 for name, size in moved.items()}}
     if not case.tokens and not case.name.startswith("ResNet-50"):  # `shapes` follows plain stacks of layers
-        layers = shapes(model, _batch(case, device)[0])
+        layers = shapes(model, case.batch_on(device)[0])
         settings = {name: {"refresh": every} for name, every in (("kfqn", interval), ("kfqn-1", 1))}
         found["operations to forward and backward"] = {
             "kfqn": floor_ratio("kfqn", settings["kfqn"], layers),

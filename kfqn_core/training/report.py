@@ -38,7 +38,7 @@ def judge_coverage(plan: Plan, model: nn.Module) -> None:
     if not plan.places:
         raise ValueError(
             f"{type(model).__name__} has no layer with trainable parameters of its own that is h = W a, so there is "
-            "nothing for KFQN to do: unfreeze a layer, or use another optimizer"
+            "nothing for KFQN to do: unfreeze a layer, name one in params, or use another optimizer"
         )
     share = covered_share(plan)
     if share >= 0.5:
