@@ -141,7 +141,8 @@ class Watch:
         this, trained = weakref.ref(self), self._weight.requires_grad
         self._weight.requires_grad_(True)  # for the moment, if it is frozen: autograd takes no hook of it otherwise
         handles = [
-            self._module.register_forward_hook(_ForwardHook(this), with_kwargs=True),
+            # The first of all: what it sees is the output of the layer, before anybody's hook has changed it.
+            self._module.register_forward_hook(_ForwardHook(this), with_kwargs=True, prepend=True),
             self._weight.register_post_accumulate_grad_hook(_AccumulatedHook(this)),
         ]
         self._weight.requires_grad_(trained)

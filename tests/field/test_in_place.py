@@ -65,6 +65,26 @@ def test_gradients_are_those_of_before(shape):
         assert error(found[1][name].mean_output(), record.mean_output()) < 1e-14
 
 
+@pytest.mark.parametrize("first", ["the user's", "ours"])
+def test_a_hook_that_changes_the_output_changes_no_statistics(first):
+    """h is W a, and its gradient that of h, whatever a hook makes of it, registered before or after."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    x = torch.randn(6, 4, dtype=torch.float64)
+    if first == "the user's":
+        model[0].register_forward_hook(lambda module, args, h: 2 * h)
+    optimizer = KFQN(model, pairs="next_batch")
+    if first == "ours":
+        model[0].register_forward_hook(lambda module, args, h: 2 * h)
+    h = nn.functional.linear(x, model[0].weight, model[0].bias).detach().requires_grad_()
+    (6 * model[2](torch.tanh(2 * h)).square().mean()).backward()  # six samples: the gradient of a mean, per sample
+    model.zero_grad()
+    model(x).square().mean().backward()
+    record = optimizer.plan.hooks.pop()["0"]
+    assert error(record.mean_output()[0], h.detach().mean(0)) < 1e-14
+    assert error(record.mean_gradient()[0], h.grad.mean(0)) < 1e-13
+
+
 @pytest.mark.parametrize("name", ["attention", "linear"])
 def test_a_forward_without_backward_is_freed(name):
     """Also of attention, whose input is read from its graph: nothing there may hold itself."""
