@@ -75,6 +75,8 @@ class Method:
                 "thin": length.THIN,
                 "kept": steadiness.KEPT,
             }
+        if not settings.get("safeguard", True):
+            settings = {key: value for key, value in settings.items() if key != "safeguard"}  # younger than records
         if settings.get("activation_factor") == "auto":
             settings = {**settings, "start": "shrunk"}  # matrices from a first A that is shrunk to its diagonal
         return {key: value if isinstance(value, int | float | str | None) else str(value)

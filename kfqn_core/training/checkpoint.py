@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from kfqn_core.training.fallback import Fallback
 from kfqn_core.training.plan import Plan
+
+if TYPE_CHECKING:
+    from kfqn_core.training.optimizer import KFQN
 
 COUNTERS = ("steps", "skipped_steps", "warm_started")
 
@@ -53,6 +56,27 @@ def unpacked(
         raise ValueError(f"the saved state is of {len(indices)} parameters, and this optimizer has {len(params)}")
     saved = {p: state_dict["state"].get(i, {}) for i, p in zip(indices, params, strict=True)}
     return saved, groups, counters[0]
+
+
+def adopt_history(optimizer: KFQN, saved: Mapping[Any, Mapping[str, Tensor]]) -> None:
+    """A plan with the layers left to Adam, and the forms of `H_a`, that a saved state has: both depend on its history.
+
+    Raises:
+        ValueError: if the state does not fit; the optimizer is then as it was.
+    """
+    before = optimizer.plan, optimizer._refused
+    try:
+        optimizer._refused = frozenset()
+        optimizer._make_plan()
+        kinds, left = forms(optimizer.plan, saved)
+        optimizer.plan.kinds |= kinds
+        optimizer._refused = frozenset(left)
+        optimizer._make_plan()
+        check(optimizer.plan, optimizer.fallback, saved)
+    except ValueError:
+        optimizer.plan, optimizer._refused = before
+        optimizer._make_plan()
+        raise
 
 
 def forms(plan: Plan, saved: Mapping[Any, Mapping[str, Tensor]]) -> tuple[dict[str, str], set[str]]:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kfqn_core.training.options import refreshes
+
 if TYPE_CHECKING:
     from kfqn_core.training.optimizer import KFQN
 
@@ -77,7 +79,7 @@ class CapturedStep:
             return self._eagerly()
         self._require_unchanged()
         optimizer = self._optimizer
-        updates = optimizer.updates_next
+        updates = refreshes(optimizer._steps, optimizer._options.refresh)
         if updates not in self._graphs:
             self._graphs[updates] = self._recorded()
             self._graphs[updates][0].replay()
@@ -99,7 +101,9 @@ class CapturedStep:
         """The graph of the step that comes next, and where it writes the loss."""
         optimizer = self._optimizer
         torch.cuda.synchronize(self._device)  # once: what was asked of the device is known now
-        optimizer.plan.watch(optimizer.updates_next, every_step=optimizer._pairs.every_step)
+        optimizer.plan.watch(
+            refreshes(optimizer._steps, optimizer._options.refresh), every_step=optimizer._pairs.every_step
+        )
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             loss = optimizer.step(self._closure)

@@ -102,7 +102,7 @@ class KFQN(torch.optim.Optimizer):
         }  # fmt: skip
         super().__init__(groups_of(model, params), defaults)
         self._skips = Skips(self._device or self.param_groups[0]["params"][0].device)
-        self._pairs = source(self._options.pairs, model, self._params, self._ranks)
+        self._pairs = source(self._options, model, self._params, self._ranks)
         self._make_plan()
         judge_coverage(self.plan, model)
 
@@ -140,8 +140,7 @@ class KFQN(torch.optim.Optimizer):
             merged["lr"] = merged["fallback_lr"]
         check_group(merged)
         peak = merged["lr"].clone() if isinstance(merged["lr"], Tensor) else merged["lr"]
-        begun = {"peak_lr": peak, **dict.fromkeys(checkpoint.COUNTERS, 0)}
-        super().add_param_group({**merged, **begun})
+        super().add_param_group({**merged, "peak_lr": peak, **dict.fromkeys(checkpoint.COUNTERS, 0)})
 
     def warm_start(self, batches: Iterable[Any]) -> None:
         """Estimate every `A` from `batches` before the first step, as the 2020 method does over the whole training set.
@@ -173,7 +172,7 @@ class KFQN(torch.optim.Optimizer):
             RuntimeError: before anything moved: if `pairs="second_pass"` and no closure is given; if no layer was ever
                 seen in a forward; if a gradient is sparse; or if other processes may train this model and none said so.
         """
-        refresh = self.updates_next
+        refresh = refreshes(self._steps, self._options.refresh)
         loss = self._pairs.evaluate(closure, refresh)
         records = self.plan.hooks.pop()
         moving = self._prepare(records)
@@ -204,13 +203,8 @@ class KFQN(torch.optim.Optimizer):
     def advance(self) -> None:
         """A step was taken: look at what the next one needs, and say so if too many were skipped."""
         self._steps += 1
-        self.plan.watch(self.updates_next, every_step=self._pairs.every_step)
+        self.plan.watch(refreshes(self._steps, self._options.refresh), every_step=self._pairs.every_step)
         self._skips.warn(self._steps)
-
-    @property
-    def updates_next(self) -> bool:
-        """Whether the next step updates curvature."""
-        return refreshes(self._steps, self._options.refresh)
 
     def _prepare(self, records: dict[str, Record]) -> list[nn.Parameter]:
         """Whatever may fail, fails here. Returns the parameters that have a gradient."""
@@ -222,8 +216,7 @@ class KFQN(torch.optim.Optimizer):
                 records.pop(name, None)
         else:
             self._leave_unseen(records)
-        moving = self.plan.moving()
-        refuse_sparse(moving)
+        refuse_sparse(moving := self.plan.moving())
         return moving
 
     def _follow_model(self) -> bool:
@@ -238,11 +231,9 @@ class KFQN(torch.optim.Optimizer):
 
     def _leave_unseen(self, records: dict[str, Record]) -> None:
         """Leave layers to Adam whose weight has a gradient that none of their forwards explains."""
-        unseen = self.plan.unseen(records)
-        if not unseen:
-            return
-        say_unseen(self.plan, unseen, ever=bool(self._refused) or len(unseen) < len(self.plan.places))
-        self.leave(unseen)
+        if unseen := self.plan.unseen(records):
+            say_unseen(self.plan, unseen, ever=bool(self._refused) or len(unseen) < len(self.plan.places))
+            self.leave(unseen)
 
     def leave(self, names: Iterable[str]) -> None:
         """Leave layers to the fallback, by name."""
@@ -282,8 +273,7 @@ class KFQN(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: as `torch.optim.Optimizer`, with the model, so that both must be copied together."""
-        kept = {key: value for key, value in super().__getstate__().items() if key != "state"}
-        return {**kept, **{key: vars(self)[key] for key in OWN}}
+        return {k: v for k, v in super().__getstate__().items() if k != "state"} | {key: vars(self)[key] for key in OWN}
 
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict`, with counters in the groups; loads under `weights_only=True`."""
@@ -301,19 +291,7 @@ class KFQN(torch.optim.Optimizer):
         """
         self._follow_model()
         saved, groups, counters = checkpoint.unpacked(state_dict, self._params())
-        before = self.plan, self._refused
-        try:
-            self._refused = frozenset()
-            self._make_plan()
-            kinds, left = checkpoint.forms(self.plan, saved)
-            self.plan.kinds |= kinds
-            self._refused = frozenset(left)
-            self._make_plan()
-            checkpoint.check(self.plan, self.fallback, saved)
-        except ValueError:
-            self.plan, self._refused = before
-            self._make_plan()
-            raise
+        checkpoint.adopt_history(self, saved)
         super().load_state_dict({"state": {}, "param_groups": groups})
         checkpoint.load(self.plan, self.fallback, saved)
         self._steps, skipped, self._warm_started = counters

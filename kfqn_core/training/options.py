@@ -51,6 +51,9 @@ class Options:
             `"normalised_rows"` gives each row of D, that is the weights of each output unit, the length `3 lr`,
             shorter where the gradient is mostly noise (`steadiness`), in layers with more than eight inputs for each
             output, and in networks of more than twelve layers (`length`).
+        safeguard: take a step back after which the loss of its mini-batch is larger, or not finite. Only
+            `pairs="second_pass"` knows that loss, and for nothing; the closure must return it. Costs a copy of the
+            parameters while a step is taken.
         linear: options that differ for fully connected layers, by name: any of `activation_decay`, `pair_damping`.
 
     Raises:
@@ -69,6 +72,7 @@ class Options:
     mu1: float = 0.2
     refresh: int | None = None
     step_length: str = "normalised_rows"
+    safeguard: bool = False
     linear: tuple[tuple[str, Any], ...] | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -90,6 +94,9 @@ class Options:
             self._require("memory", lambda value: value is None, "None unless H_g is estimated (give pairs)")
         elif self.pair_damping == "double":
             self._require("damping", lambda value: value < 1, "below 1: double damping of pairs needs lambda_G < 1")
+        self._require("safeguard", lambda value: isinstance(value, bool), "True or False")
+        if self.safeguard:
+            self._require("pairs", lambda value: value == "second_pass", '"second_pass" with safeguard')
         self._require("rank", _is_natural, "a whole number >= 1")
         self._require("memory", lambda value: value is None or _is_natural(value), "None or a whole number >= 1")
         self._require("refresh", lambda value: value is None or _is_natural(value), "None or a whole number >= 1")

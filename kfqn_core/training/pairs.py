@@ -13,6 +13,7 @@ from kfqn_core.estimate.hooks import Hooks
 from kfqn_core.estimate.statistics import Record, serials
 from kfqn_core.parallel.ranks import Ranks
 from kfqn_core.training.groups import Group
+from kfqn_core.training.options import Options
 from kfqn_core.training.second_pass import SecondPass
 
 
@@ -34,11 +35,11 @@ class Pairs(Protocol):
         """After the move: update every `H_g`, where the bool scalar `finite` holds."""
 
 
-def source(kind: str | None, model: nn.Module, parameters: Callable[[], Sequence[nn.Parameter]], ranks: Ranks) -> Pairs:
-    """The source of this name: see `options.Options`."""
-    if kind == "second_pass":
-        return SamePoint(model, parameters, ranks)
-    return NoPairs() if kind is None else NextBatch()
+def source(options: Options, model: nn.Module, parameters: Callable[[], Sequence[nn.Parameter]], ranks: Ranks) -> Pairs:
+    """The source that `options.pairs` names: see `options.Options`."""
+    if options.pairs == "second_pass":
+        return SamePoint(model, parameters, ranks, safeguard=options.safeguard)
+    return NoPairs() if options.pairs is None else NextBatch()
 
 
 class NoPairs:
@@ -79,34 +80,45 @@ class SamePoint(NoPairs):
         model: that the closure evaluates.
         parameters: gives the parameters of the optimizer.
         ranks: that must not notice the second evaluation.
+        safeguard: whether a step that raised the loss is taken back.
     """
 
-    def __init__(self, model: nn.Module, parameters: Callable[[], Sequence[nn.Parameter]], ranks: Ranks):
-        self._model, self._parameters, self._ranks = model, parameters, ranks
+    def __init__(
+        self, model: nn.Module, parameters: Callable[[], Sequence[nn.Parameter]], ranks: Ranks, *, safeguard: bool
+    ):  # fmt: skip
+        self._model, self._parameters, self._ranks, self._safeguard = model, parameters, ranks, safeguard
+        self._before: list[tuple[nn.Parameter, Tensor]] = []  # parameters before the step, if it may be taken back
+        self._loss: Any = None
+        self._loss_after: Any = None
         self._closure: Callable[[], Any] | None = None
         self._again: SecondPass | None = None
         self.evaluating = False  # for the second time
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_closure": None, "_again": None}
+        return {**vars(self), "_closure": None, "_again": None, "_before": [], "_loss": None, "_loss_after": None}
 
     def evaluate(self, closure: Callable[[], Any] | None, refresh: bool) -> Any:
         """The closure's loss, for the first time.
 
         Raises:
-            RuntimeError: without a closure.
+            RuntimeError: without a closure, or with a safeguard and without a loss.
         """
         if closure is None:
             raise RuntimeError(
                 'pairs="second_pass" evaluates the mini-batch again after the step: call step(closure) with a closure '
                 "that zeroes gradients, computes the loss, calls backward and returns the loss"
             )
-        self._closure, self._began = closure, next(serials)
+        self._closure, self._began, self._loss_after = closure, next(serials), None
         self._again = SecondPass(self._model, self._parameters()) if refresh else None
         with torch.enable_grad():
             loss = closure()
         if self._again is not None:
             self._again.protect(loss)
+        if self._safeguard and refresh:
+            if loss is None:
+                raise RuntimeError("safeguard compares losses: the closure must return the loss")
+            self._loss = loss.detach() if isinstance(loss, Tensor) else loss
+            self._before = [(p, p.detach().clone()) for p in self._parameters() if p.requires_grad]
         return loss
 
     def learn(
@@ -116,6 +128,7 @@ class SamePoint(NoPairs):
         if self._again is None or self._closure is None:
             return
         after = self._evaluate_again(hooks)
+        self._take_back()
         before = {name: record.since(self._began) for name, record in records.items()}
         # A layer of which the two evaluations show different uses has no pair: they are not comparable.
         alike = [name for name in before if name in after and before[name].uses_alike(after[name])]
@@ -130,7 +143,7 @@ class SamePoint(NoPairs):
         self.evaluating = True
         try:
             with hooks.second_pass(), self._ranks.apart():
-                self._again.evaluate(self._closure)
+                self._loss_after = self._again.evaluate(self._closure)
                 return hooks.pop()
         except Exception as error:  # the weights have moved: a step is not half done
             warnings.warn(
@@ -142,3 +155,15 @@ class SamePoint(NoPairs):
             return {}
         finally:
             self.evaluating, self._again, self._closure = False, None, None
+
+    def _take_back(self) -> None:
+        """Every parameter as it was before the step, if the loss after it is larger than before or not a number."""
+        before, self._before = self._before, []
+        if not before or self._loss_after is None:
+            return
+        device = before[0][0].device
+        losses = [torch.as_tensor(loss).detach().to(device, torch.float32) for loss in (self._loss, self._loss_after)]
+        first, second = self._ranks.mean(torch.stack(losses)).unbind()
+        worse = ~(second <= first)
+        for p, old in before:
+            p.copy_(torch.where(worse.to(p.device), old, p))

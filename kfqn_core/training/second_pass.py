@@ -43,8 +43,8 @@ class SecondPass:
         for leaf in leaves_of(loss) if isinstance(loss, Tensor) else ():
             (self._leaves if isinstance(leaf, nn.Parameter) else self._inputs)[id(leaf)] = leaf
 
-    def evaluate(self, closure: Callable[[], Any]) -> None:
-        """Run `closure` with the random numbers of the first evaluation and all parameters frozen."""
+    def evaluate(self, closure: Callable[[], Any]) -> Any:
+        """Run `closure` with the random numbers of the first evaluation and all parameters frozen; what it returns."""
         frozen = [leaf for leaf in self._leaves.values() if leaf.requires_grad]
         for leaf in frozen:
             leaf.requires_grad_(False)
@@ -52,7 +52,7 @@ class SecondPass:
             with restored(self._model, self._devices), _other_buffers_restored():
                 self._randomness.set()
                 with torch.enable_grad(), _GradientsRestored(*frozen, *self._inputs.values()):
-                    closure()
+                    return closure()
         finally:
             for leaf in frozen:
                 leaf.requires_grad_(True)

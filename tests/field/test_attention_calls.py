@@ -6,7 +6,7 @@ from torch import nn
 
 from kfqn_core import KFQN
 from kfqn_core.layers import parts
-from tests.field.programs import H_of, difference, error, inverse_of, randn, silence, still, twins, values
+from tests.field.programs import H_of, difference, error, inverse_of, newer_torch, randn, silence, still, twins, values
 from tests.test_attention_views import BATCHED, E, Opened, attention, sequences
 
 F64 = torch.float64
@@ -161,6 +161,7 @@ def test_layers_of_a_transformer_take_a_warm_start(kind, training):
     assert all(layer.started for layer in optimizer.layers.values())
 
 
+@newer_torch
 def test_an_out_projection_whose_input_stays_hidden_starts_from_its_first_mini_batch():
     """Whoever keeps autograd's tensors in a way of their own may give them out only once. The other layers start."""
     model, x = blocks()[0], randn(4, 5, 8)

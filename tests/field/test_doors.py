@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kfqn_core import KFQN, describe
-from tests.field.programs import H_of, Shadow, difference, error, heard, mlp, randn, silence, train, values
+from tests.field.programs import H_of, Shadow, difference, error, heard, mlp, newer_torch, randn, silence, train, values
 
 x = randn(16, 5)
 
@@ -243,6 +243,7 @@ COMPILED = textwrap.dedent(
 )
 
 
+@newer_torch
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_compilation_has_no_storm_of_recompilations(order):
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILED, "9", order], capture_output=True, text=True)

@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kfqn_core import KFQN, describe, presets
-from tests.field.programs import difference, error, heard, mlp, randn, silence, still, train, values
+from tests.field.programs import difference, error, heard, mlp, newer_torch, randn, silence, still, train, values
 
 x = randn(16, 5)
 
@@ -285,6 +285,7 @@ SMALL = {
 }
 
 
+@newer_torch
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("make", SMALL.values(), ids=SMALL)
 def test_a_model_is_traced_and_exported_while_its_optimizer_lives_and_scripted_afterwards(make):
