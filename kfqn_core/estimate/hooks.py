@@ -353,10 +353,16 @@ class _Hook:
 
 
 class _ForwardHook(_Hook):
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
+        """`rest` is `(kwargs, output)`; or `(output,)`, where this hook was removed while torch went through its list."""
         watch = self._watch()
-        if watch is None or not (watch.mode == "inputs" or (watch.watching and torch.is_grad_enabled())):
+        if (
+            watch is None
+            or len(rest) < 2
+            or not (watch.mode == "inputs" or (watch.watching and torch.is_grad_enabled()))
+        ):
             return None
+        kwargs, output = rest
         # Inside a compiled model, or behind a break of its graph, where every function is taken up once for each layer.
         compiling = torch.compiler.is_compiling() or eval_frame.get_eval_frame_callback() is not None
         observe: Any = Watch.observe_eagerly if compiling else Watch.observe

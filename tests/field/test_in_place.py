@@ -85,6 +85,17 @@ def test_a_hook_that_changes_the_output_changes_no_statistics(first):
     assert error(record.mean_gradient()[0], h.grad.mean(0)) < 1e-13
 
 
+def test_an_optimizer_that_goes_in_the_middle_of_a_forward_is_not_noticed():
+    """As the garbage collector may do with one that was replaced, whenever it runs."""
+    layer, x = nn.Linear(4, 3), torch.randn(5, 4)
+    old = KFQN(layer)
+    layer.register_forward_hook(lambda *_: old.remove_hooks(), prepend=True)
+    new = KFQN(layer)
+    layer(x).square().mean().backward()
+    new.step()
+    assert new.layers[""].started
+
+
 @pytest.mark.parametrize("name", ["attention", "linear"])
 def test_a_forward_without_backward_is_freed(name):
     """Also of attention, whose input is read from its graph: nothing there may hold itself."""
