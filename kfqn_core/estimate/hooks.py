@@ -354,7 +354,7 @@ class _Hook:
 
 class _ForwardHook(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
-        """`rest` is `(kwargs, output)`; or `(output,)`, where this hook was removed while torch went through its list."""
+        """`rest` is `(kwargs, output)`, or `(output,)` if this hook was removed while torch went through its list."""
         watch = self._watch()
         if (
             watch is None
