@@ -26,7 +26,7 @@ BOUNDS = {
     "BERT": (1.1, 1.1),
     "T5": (0.7, 0.65),
     "ViT": (8.0, 1.2),
-    "ViT, noisy images": (6.0, 2.0),
+    "ViT, noisy images": (7.0, 3.0),
     "Mixtral": (0.8, 0.7),
 }
 COVERED = {"GPT-2": 0.9, "Llama": 0.99, "BERT": 0.85, "T5": 0.9, "ViT": 0.95, "ViT, noisy images": 0.95, "Mixtral": 0.7}
