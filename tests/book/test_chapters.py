@@ -85,6 +85,9 @@ def test_code_is_shown_from_its_room(chapter, notebook):
     cells = [cell.source for _, cell in source.code_cells(notebook)]
     assert any("show_source(" in text for text in cells)
     for text in cells:
+        shown = [n for n, line in enumerate(text.splitlines()) if line.startswith("show_source(")]
+        assert all(n == len(text.splitlines()) - 1 for n in shown), f"only the last line of a cell is shown: {text}"
+    for text in cells:
         assert not re.search(r"(?:from|import) kfqn_core[.\w]*\._|from kfqn_core[^\n]* import _", text), (
             "a private name"
         )
