@@ -194,6 +194,20 @@ def test_a_changed_setting_is_refused_by_a_captured_step():
 
 
 @needs_gpu
+def test_a_rate_on_the_host_is_refused_and_one_that_is_replaced_is_noticed():
+    model, ((x, y), *_) = convolutional().to(DEVICE), images()
+    with pytest.raises(ValueError, match="it would keep its present value for ever"):
+        kfqn_core.capture(KFQN(model, torch.tensor(0.03)), lambda: None)
+    optimizer = KFQN(model, torch.tensor(0.03, device=DEVICE))
+    step = kfqn_core.capture(optimizer, closure_on(model, optimizer, x, y))
+    for _ in range(5):
+        step()
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.01, device=DEVICE)
+    with pytest.raises(RuntimeError, match="is no longer what was captured"):
+        step()
+
+
+@needs_gpu
 def test_a_second_pass_is_not_captured():
     model = convolutional()
     with pytest.raises(ValueError, match="which a CUDA graph cannot hold"):

@@ -62,6 +62,13 @@ class CapturedStep:
             raise ValueError("a step of several processes is not captured: call optimizer.step(closure)")
         self._optimizer, self._closure = optimizer, closure
         self._device = next(iter(devices))
+        for group in optimizer.param_groups:
+            for name in ("lr", "fallback_lr"):
+                if isinstance(group[name], Tensor) and group[name].device != self._device:
+                    raise ValueError(
+                        f"a CUDA graph reads {name} on the device of the layers, {self._device}, and it is on "
+                        f"{group[name].device}: it would keep its present value for ever"
+                    )
         self._stream = torch.cuda.Stream(self._device)
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
@@ -112,9 +119,13 @@ class CapturedStep:
     def _require_unchanged(self) -> None:
         optimizer = self._optimizer
         now = [
-            {key: value for key, value in group.items() if not isinstance(value, Tensor) and key not in UNREAD}
+            {
+                key: id(value) if isinstance(value, Tensor) else value
+                for key, value in group.items()
+                if key not in UNREAD
+            }
             for group in optimizer.param_groups
-        ]
+        ]  # of a tensor which one it is: its value may change, and a graph reads it
         if self._settings is None:
             self._settings = now
         if now != self._settings or not optimizer.plan.holds(optimizer.param_groups):

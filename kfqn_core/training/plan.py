@@ -29,9 +29,7 @@ from kfqn_core.training.selection import Selected, activation_factors, curvature
 # Numbers that a step handles at once. Beyond, fewer calls save no time on a CPU, and on a GPU little. While a step runs
 # it holds about twice as many beside the state, 270 MB on a GPU.
 LARGE, LARGE_ON_GPU = 2**21, 2**25
-SMALL = (
-    2**17
-)  # numbers of a step whose place is kept from step to step: making it anew would take longer than filling it
+SMALL = 2**17  # numbers of a step whose place is kept: making it anew would take longer than filling it
 ROWS = 4096  # input vectors that "auto", and a low-rank factor, look at in a mini-batch: more cost time and add little
 
 
