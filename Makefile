@@ -59,13 +59,15 @@ frameworks: setup ## other people's models and trainers (transformers, Lightning
 bench: setup ## does a short benchmark order the methods as the committed results do? (15 minutes)
 	$(BIN)/python -m benchmarks check
 
-# Step costs first, with nothing else running; then two processes, on different problems. P8 to P14 are run by name.
-RUN := $(BIN)/python -m benchmarks run
-LONG := --horizon 10 --seeds 3 --budgets wall --methods kfqn kfqn-second-pass kbfgs-5 sgd adam muon soap
+# Step costs first, with nothing else running; then two processes, on different problems of about the same work. P9 and
+# P14 are run by name.
+CONTESTANTS := kfqn kfqn-second-pass kbfgs-5 kfqn-2022-5 foof isaac sgd adam muon soap shampoo psgd kfac
+RUN := $(BIN)/python -m benchmarks run --methods $(CONTESTANTS)
+ONE := P2 P7 P3 P11 P15 P1 P5 P10
+OTHER := P13 P12 P16 P17 P6 P8
 bench-full: setup ## run what is missing from benchmarks/results (hours), then write tables and figures
-	$(RUN) --costs-only --problems P1 P2 P3 P5 P6 P7
-	$(RUN) --problems P1 P2 P3 P7 & first=$$!; $(RUN) --problems P5 P6 && wait $$first
-	$(RUN) $(LONG) --problems P1 P2 P3 P7 & first=$$!; $(RUN) $(LONG) --problems P5 P6 && wait $$first
+	$(RUN) muon-bfloat16 --costs-only --problems $(ONE) $(OTHER)
+	$(RUN) --problems $(ONE) & first=$$!; $(RUN) --problems $(OTHER) && wait $$first
 	$(BIN)/python -m benchmarks report
 
 gpu: setup ## all that a GPU shows, in eight minutes: right, fast, good; without one a rehearsal

@@ -13,7 +13,7 @@ from benchmarks.costs import step_cost_table
 from benchmarks.gpu import script
 from benchmarks.methods import METHODS
 from benchmarks.problems import TASKS, available
-from benchmarks.protocol import BUDGETS, Contest, measured_ratio, play
+from benchmarks.protocol import BUDGETS, Contest, charged_ratio, cheapest, measure_costs, play
 from benchmarks.records import RESULTS, Results
 from benchmarks.timing import one_thread
 
@@ -21,16 +21,17 @@ from benchmarks.timing import one_thread
 def run(arguments: argparse.Namespace) -> int:
     """Measure step costs where none is kept, then play every contest that is not complete."""
     contests = []
+    methods = [METHODS[name] for name in arguments.methods]
     for key in available(arguments.problems):
         results = Results(key, arguments.results)
-        for name in tqdm(arguments.methods, desc=f"{key} step costs", leave=False):
-            method = METHODS[name]
-            if name in arguments.redo:
-                results.forget(method)
-            ratio = measured_ratio(TASKS[key], method, results)
+        for name in arguments.redo:
+            results.forget(METHODS[name])
+        measure_costs(TASKS[key], methods, results, arguments.turns)
+        for method in cheapest(methods, results):
+            ratio = charged_ratio(method, results)
             if ratio is None:
                 error = results.of("failure", method)[-1]["error"]
-                tqdm.write(f"{key} {name} does not run here, which is recorded: {error}")
+                tqdm.write(f"{key} {method.name} does not run here, which is recorded: {error}")
             elif TASKS[key].steps is not None:
                 contests += [
                     Contest(TASKS[key], method, results, horizon, arguments.seeds, tuple(arguments.budgets), ratio)
@@ -65,7 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
     sub.add_argument("--turns", type=int, default=15, help="turns that each method takes")
     sub.add_argument("--model", metavar="MODULE:FUNCTION", help="a model of yours instead: see benchmarks/yours.py")
     sub = command("run", run, "run what is missing from the results", trained, everyone)
-    sub.add_argument("--seeds", type=int, default=5, help="fresh seeds")
+    sub.add_argument("--seeds", type=int, default=10, help="judged seeds")
+    sub.add_argument("--turns", type=int, default=15, help="turns that each method takes where step costs are measured")
     sub.add_argument("--horizon", nargs="+", type=int, choices=(1, 10), default=[1], help="multiples of N")
     sub.add_argument("--budgets", nargs="+", choices=BUDGETS, default=list(BUDGETS))
     sub.add_argument("--redo", nargs="+", choices=everyone, default=[], metavar="METHOD", help="forget these first")
@@ -73,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     command("report", report.main, "write every table and figure from the results", trained, everyone)
     sub = command("check", check.main, "does a short run order the methods as the results do?",
                   ["P1", "P2", "P3", "P5"], ["kfqn", "muon", "soap", "adam", "sgd"])  # fmt: skip
-    sub.add_argument("--seeds", type=int, default=2, help="fresh seeds")
+    sub.add_argument("--seeds", type=int, default=2, help="judged seeds")
     script.add_arguments(
         commands.add_parser("gpu", help="right, fast, good: all that a GPU shows", description=script.__doc__)
     )

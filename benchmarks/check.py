@@ -1,7 +1,8 @@
 """Does a short run on this machine order the methods as the committed results do?
 
-Step ratios are measured anew, here; learning rates are those that the committed results chose. Two methods are compared
-only where the committed intervals of their training losses do not overlap: elsewhere there is no order to reproduce.
+Step ratios are measured anew, here; rates and schedules are those that the committed results chose. Two methods are
+compared only where the committed intervals of their training losses do not overlap: elsewhere there is no order to
+reproduce.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.methods import METHODS
 from benchmarks.problems import TASKS, available
-from benchmarks.protocol import budget_steps, fresh_seeds, measured_ratio, run, score
+from benchmarks.protocol import budget_steps, charged_ratio, judged_seeds, measure_costs, run, score
 from benchmarks.records import Results
 from benchmarks.tables import summary
 
@@ -36,7 +37,7 @@ def main(arguments: argparse.Namespace) -> int:
     """0 if every expected order is reproduced, 1 if one is not, or if there is nothing to reproduce."""
     frame = summary(available(arguments.problems), arguments.methods, arguments.results)
     if not frame.empty:
-        frame = frame[(frame["horizon"] == 1) & (frame["budget"] == "wall")]
+        frame = frame[(frame["horizon"] == 1) & (frame["budget"] == "wall") & (frame["contest"] == "free")]
     if frame.empty:
         print(f"{arguments.results} holds no finished runs of these problems and methods: nothing to reproduce")
         return 1
@@ -59,13 +60,14 @@ def _fresh_means(key: str, part: pd.DataFrame, seeds: int) -> dict[str, float]:
     means: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         here = Results(key, Path(folder))
-        known: dict[tuple[str, float], float] = {}  # a tuned rate may be the one promised without tuning
+        measure_costs(task, [METHODS[name] for name in dict.fromkeys(part["method"])], here, TURNS)
+        known: dict[tuple[str, float, str], float] = {}  # a tuned rate may be the one promised without tuning
         for row in tqdm(part.to_dict("records"), desc=f"{key}, {seeds} seeds", leave=False):
-            method, lr = METHODS[row["method"]], row["lr"]
-            if (method.name, lr) not in known:
-                ratio = measured_ratio(task, method, here, TURNS)
+            method, choice = METHODS[row["method"]], (row["method"], row["lr"], row["schedule"])
+            if choice not in known:
+                ratio = charged_ratio(method, here)
                 steps = 1 if ratio is None else budget_steps(task.steps, 1, ratio, "wall")
-                losses = [score(run(task, method, lr, seed, steps)) for seed in fresh_seeds(seeds)]
-                known[method.name, lr] = float("inf") if ratio is None else float(np.mean(losses))
-            means[row["contestant"]] = known[method.name, lr]
+                losses = [score(run(task, method, *choice[1:], seed, steps)) for seed in judged_seeds(seeds)]
+                known[choice] = float("inf") if ratio is None else float(np.mean(losses))
+            means[row["contestant"]] = known[choice]
     return means

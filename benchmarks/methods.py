@@ -1,15 +1,19 @@
-"""The contestants: each by name, with how it is built, what it is built with, and four learning rates to choose from.
+"""The contestants: each by name, with how it is built, what it is built with, and the rate where its tuning begins.
 
 Every peer has the settings of its package but where the table below says otherwise; whatever a peer recomputes now and
 then, it recomputes every ten steps (`EVERY`), because that is where SOAP's authors put it. No method uses weight decay
-except the 2020 presets, whose L2 term of 1e-5 belongs to them. Momentum is the method's own.
+except the 2020 presets, whose L2 term of 1e-5 belongs to them. Momentum is the method's own. Where torch has a fused
+kernel, it is used.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+from unittest import mock
 
 import torch
 from pytorch_optimizer import SOAP, Kron, ScalableShampoo
@@ -20,7 +24,7 @@ from benchmarks.kfac import KFAC
 from benchmarks.problems import Task
 from kfqn_core import KFQN, presets
 from kfqn_core.training import length, steadiness
-from kfqn_core.training.options import Options
+from kfqn_core.training.options import INTERVAL_GROWTH, Options
 
 __all__ = ["METHODS", "Method", "state_bytes"]
 
@@ -35,25 +39,39 @@ DEFAULTS = {**asdict(Options()), "linear": None, "momentum": 0.9, "weight_decay"
 class Method:
     """A contestant. `settings` are the keyword arguments of `constructor` and are recorded with each result.
 
-    `lrs_pixels` replaces `lrs` where the loss is a sum over pixels, for methods whose step scales with the loss.
-    `default_lr` is a rate that the method promises without tuning: it is reported beside the tuned one. `period` is the
-    number of steps after which costs repeat. `package` names the distribution whose version is recorded.
+    `lr` is the rate where tuning begins, a rung of `protocol.LADDER`, and `lr_pixels` replaces it where the loss is a
+    sum over pixels, for methods whose step scales with the loss. `default_lr` is a rate that the method promises
+    without tuning: it is reported beside the tuned one. `tuned` has settings that are tuned with the rate, and their
+    values. `period` is the number of steps after which costs repeat. `package` names the distribution whose version is
+    recorded. Of methods with the same label the one with the cheaper step is a contestant.
     """
 
     name: str
     label: str
     constructor: Callable[..., Any]
-    lrs: tuple[float, float, float, float]
+    lr: float
     package: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-    lrs_pixels: tuple[float, float, float, float] | None = None
+    lr_pixels: float | None = None
     default_lr: float | None = None
+    tuned: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     period: int = 1
     warm_start: bool = False
 
-    def grid(self, task: Task) -> tuple[float, ...]:
-        """The learning rates to choose from on this problem."""
-        return self.lrs_pixels if self.lrs_pixels and task.likelihood in ("bernoulli", "elbo") else self.lrs
+    def __hash__(self) -> int:
+        return hash((self.name, str(self.described())))
+
+    def first_rate(self, task: Task) -> float:
+        """The rate where tuning begins on this problem."""
+        return self.lr_pixels if self.lr_pixels and task.likelihood in ("bernoulli", "elbo") else self.lr
+
+    def variants(self) -> list[Method]:
+        """The method with every combination of the settings that are tuned."""
+        names = list(self.tuned)
+        return [
+            replace(self, settings={**self.settings, **dict(zip(names, values, strict=True))})
+            for values in itertools.product(*self.tuned.values())
+        ]
 
     def build(self, model: nn.Module, lr: float, task: Task) -> Any:
         """An optimizer that `kfqn_core.lab.training.train` can drive: `step(closure)`, `zero_grad`, `param_groups`."""
@@ -74,7 +92,10 @@ class Method:
                 "deep": length.DEEP,
                 "thin": length.THIN,
                 "kept": steadiness.KEPT,
+                "steady": "weights",
             }
+        if self.constructor is KFQN and settings["refresh"] is None:
+            settings = {**settings, "growth": INTERVAL_GROWTH}
         if not settings.get("safeguard", True):
             settings = {key: value for key, value in settings.items() if key != "safeguard"}  # younger than records
         if settings.get("activation_factor") == "auto":
@@ -97,15 +118,21 @@ class MuonAndAdam:
 
     Muon takes matrices only. A convolution's weight is handed to it as `[d_out, channels * kernel]`, as Muon's authors
     do: a parameter that shares the weight's memory, whose gradient is pointed at the weight's before each step.
+
+    Args:
+        model: any.
+        lr: of both parts.
+        bfloat16: multiply in bfloat16, as torch does it; else in the dtype of the gradient, which is faster on a CPU.
+        settings: of Muon.
     """
 
-    def __init__(self, model: nn.Module, lr: float, **settings: Any):
+    def __init__(self, model: nn.Module, lr: float, bfloat16: bool = False, **settings: Any):
         weights = [p for p in model.parameters() if p.ndim >= 2]
         self._matrices = [(nn.Parameter(p.detach().flatten(1)), p) for p in weights]
         muon = torch.optim.Muon([matrix for matrix, _ in self._matrices], lr=lr, **settings)
         others = [p for p in model.parameters() if p.ndim < 2]
-        adam = torch.optim.Adam(others, lr=lr, capturable=any(p.is_cuda for p in others))
-        self._model, self._optimizers = model, (muon, adam)
+        adam = torch.optim.Adam(others, lr=lr, fused=True)
+        self._model, self._optimizers, self._bfloat16 = model, (muon, adam), bfloat16
         self.param_groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
     @property
@@ -119,9 +146,25 @@ class MuonAndAdam:
         loss = closure()
         for matrix, weight in self._matrices:
             matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
-        for optimizer in self._optimizers:
-            optimizer.step()
+        as_it_is = {} if self._bfloat16 else {"_zeropower_via_newtonschulz": orthogonalised}
+        with mock.patch.multiple("torch.optim._muon", **as_it_is) if as_it_is else contextlib.nullcontext():
+            for optimizer in self._optimizers:
+                optimizer.step()
         return loss
+
+
+def orthogonalised(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Muon's Newton-Schulz iteration, `X <- a X + b (X X^T) X + c (X X^T)^2 X`, in the dtype of `matrix` `[m, n]`.
+
+    For singular values between 0 and 1 it brings all of them near 1 (Jordan 2024).
+    """
+    a, b, c = coefficients
+    wide = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
+    X = wide / wide.norm().clamp_min(eps)
+    for _ in range(steps):
+        gram = X @ X.mT
+        X = torch.addmm(X, torch.addmm(gram, gram, gram, beta=b, alpha=c), X, beta=a)
+    return X.mT if matrix.shape[0] > matrix.shape[1] else X
 
 
 def state_bytes(optimizer: Any) -> int:
@@ -148,19 +191,12 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
         yield from _tensors(vars(value), seen)
 
 
-LADDER = (0.001, 0.003, 0.01, 0.03)
-NORMALISED = (0.01, 0.03, 0.1, 0.3)  # steps whose length is that of the rate, whatever the gradient
-RAW = (0.03, 0.1, 0.3, 1.0)
+NORMALISED = 0.03  # steps whose length is that of the rate, whatever the gradient
+RAW = 0.1
 
 
-def _peer(
-    name: str,
-    label: str,
-    optimizer: type[torch.optim.Optimizer],
-    lrs: tuple[float, float, float, float],
-    **settings: Any,
-) -> Method:
-    return Method(name, label, from_parameters(optimizer), lrs, "pytorch_optimizer", settings, period=EVERY)
+def _peer(name: str, label: str, optimizer: type[torch.optim.Optimizer], lr: float, **settings: Any) -> Method:
+    return Method(name, label, from_parameters(optimizer), lr, "pytorch_optimizer", settings, period=EVERY)
 
 
 def _kfqn(name: str, label: str, **options: Any) -> Method:
@@ -180,6 +216,10 @@ def _published(name: str, label: str, options: Mapping[str, Any], warm_start: bo
     )  # fmt: skip
 
 
+# The scale of Adam's step, so that one learning rate fits both parts.
+_MUON = {"weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
+_NO_CLIP = 1e30
+
 _ALL = (
     Method("kfqn", "KFQN", KFQN, NORMALISED, "kfqn-core", default_lr=0.03),
     _kfqn("kfqn-1", "KFQN, refresh 1", refresh=1),
@@ -194,19 +234,33 @@ _ALL = (
     *_published("kbfgs-l", "K-BFGS(L) 2020", presets.KBFGS_L_2020, warm_start=True),
     *_published("kfqn-2021", "KF-QN-CNN 2021", presets.KFQN_CNN_2021, warm_start=False),
     *_published("kfqn-2022", "KF-QN 2022", presets.KFQN_2022, warm_start=False),
+    # M (A + lambda I)^-1 without a length: of a running A inverted now and then (Benzing 2022), and of every
+    # mini-batch's own (Petersen et al. 2023).
     Method(
-        "sgd", "SGD with momentum", from_parameters(torch.optim.SGD), (0.01, 0.03, 0.1, 0.3), "torch",
-        {"momentum": 0.9}, lrs_pixels=(0.0003, 0.001, 0.003, 0.01),
+        "foof", "FOOF", KFQN, RAW, "kfqn-core",
+        {"activation_factor": "inverse", "activation_decay": 0.95, "step_length": "raw", "refresh": EVERY},
+        tuned={"damping": (0.01, 0.1, 1.0)}, period=EVERY,
     ),
-    Method("adam", "Adam", from_parameters(torch.optim.Adam), LADDER, "torch"),
-    # The scale of Adam's step, so that one learning rate fits both parts.
-    Method("muon", "Muon", MuonAndAdam, NORMALISED, "torch", {"weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}),
-    _peer("soap", "SOAP", SOAP, (0.003, 0.01, 0.03, 0.1), weight_decay=0.0, precondition_frequency=EVERY),
+    Method(
+        "isaac", "ISAAC", KFQN, RAW, "kfqn-core",
+        {"activation_factor": "inverse", "step_length": "raw", "refresh": 1}, tuned={"damping": (0.01, 0.1, 1.0)},
+    ),
+    Method(
+        "sgd", "SGD with momentum", from_parameters(torch.optim.SGD), 0.1, "torch",
+        {"momentum": 0.9, "fused": True}, lr_pixels=0.003,
+    ),
+    Method("adam", "Adam", from_parameters(torch.optim.Adam), 0.003, "torch", {"fused": True}),
+    Method("muon", "Muon", MuonAndAdam, NORMALISED, "torch", _MUON),
+    Method("muon-bfloat16", "Muon", MuonAndAdam, NORMALISED, "torch", {**_MUON, "bfloat16": True}),
+    _peer("soap", "SOAP", SOAP, 0.01, weight_decay=0.0, precondition_frequency=EVERY),
     _peer(
-        "shampoo", "Shampoo", ScalableShampoo, (0.0003, 0.001, 0.003, 0.01),
+        "shampoo", "Shampoo", ScalableShampoo, 0.003,
         preconditioning_compute_steps=EVERY, start_preconditioning_step=EVERY, graft_type=LayerWiseGrafting.RMSPROP,
     ),
-    _peer("psgd", "PSGD Kron", Kron, (0.01, 0.03, 0.1, 0.3), pre_conditioner_update_probability=1 / EVERY),
-    Method("kfac", "K-FAC", KFAC, (0.01, 0.03, 0.1, 0.3), "kfqn-core", {"every": EVERY}, period=EVERY),
+    _peer("psgd", "PSGD Kron", Kron, 0.03, pre_conditioner_update_probability=1 / EVERY),
+    Method(
+        "kfac", "K-FAC", KFAC, RAW, "kfqn-core", {"every": EVERY},
+        tuned={"damping": (0.003, 0.03, 0.3), "kl_clip": (1e-3, _NO_CLIP)}, period=EVERY,
+    ),
 )  # fmt: skip
 METHODS = {method.name: method for method in _ALL}

@@ -29,6 +29,9 @@ TITLES = {
     "P12": "P12: photograph",
     "P13": "P13: digits VAE",
     "P14": "P14: wide MLP",
+    "P15": "P15: Friedman's function",
+    "P16": "P16: chirps CNN",
+    "P17": "P17: sorting transformer",
 }
 CONTESTANTS = (HERO, "Muon", "SOAP", "Adam", "SGD with momentum", "K-BFGS 2020")  # one per colour of the shared style
 

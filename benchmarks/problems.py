@@ -1,4 +1,4 @@
-"""The problems of the comparison: P1 to P14, each with the number of Adam steps that defines its budget of wall time.
+"""The problems of the comparison: P1 to P17, each with the number of Adam steps that defines its budget of wall time.
 
 | | problem | training / test samples | batch | N |
 |---|---|---|---|---|
@@ -16,7 +16,11 @@
 | P12 | a photograph by Fourier features of coordinates, 128-192-192-192-3, ReLU | 60000 / 10000 | 1024 | 300 |
 | P13 | variational autoencoder on digits, 64-128-64-8, ReLU | 1400 / 397 | 200 | 400 |
 | P14 | MLP with twelve hidden layers of 2048 units, ReLU, on MNIST | 10000 / 2000 | 128 | 60 |
+| P15 | Friedman's function, 10-128-128-128-1, layer norm, GELU | 8000 / 2000 | 64 | 400 |
+| P16 | one-dimensional CNN with batch norm on chirps, 32-64-64 channels | 8000 / 2000 | 64 | 300 |
+| P17 | transformer of two layers that sorts 24 tokens, width 64 | 8000 / 2000 | 64 | 300 |
 
+P15 to P17 were written down before any optimizer was run on them, and nothing is chosen on them.
 P8, P9 and P14 need data that are downloaded once (`kfqn_core.lab.data.openml`).
 """
 
@@ -32,7 +36,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-from kfqn_core.lab import further_problems, problems
+from kfqn_core.lab import further_problems, problems, unseen_problems
 from kfqn_core.lab.problems import Problem
 
 __all__ = ["TASKS", "Task", "available", "vgg_like"]
@@ -106,6 +110,9 @@ TASKS = {
         Task("P12", further_problems.photograph_coordinates, 300, "gaussian"),
         Task("P13", further_problems.digits_vae, 400, "elbo"),
         Task("P14", further_problems.wide_mlp, 60, "categorical"),
+        Task("P15", unseen_problems.friedman_regression, 400, "gaussian"),
+        Task("P16", unseen_problems.chirps_cnn, 300, "categorical"),
+        Task("P17", unseen_problems.sorting_transformer, 300, "categorical"),
     )
 }
 

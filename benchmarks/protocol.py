@@ -1,21 +1,27 @@
 """The protocol: what every method gets, and what is recorded of it.
 
-Equal wall time: a method whose step costs r times Adam's on a problem gets N/r steps (N: `problems.py`). Every method
-follows the same schedule over exactly its steps: 2 % warm-up, then a cosine to zero. Every method has four learning
-rates to choose from, on seed 0, by the final training loss at equal wall time; the best is run on fresh seeds, 2 to 6
-(what became of our default was screened on 0 and 1, see NOTES.md). At ten times the budget everyone keeps the rate
-chosen at the first: a grid of long runs costs more than the comparison itself.
-A method that promises a rate without tuning is run at that rate too. At equal steps (N for everyone) the rate tuned at
-equal wall time is used. A seed fixes initial weights and order of data, the same for all.
+Equal wall time: a method whose step costs r times Adam's on a problem gets N/r steps (N: `problems.py`). All r of a
+problem are measured in one sitting; of their 95 % intervals our methods pay the upper end and peers the lower.
+
+Every method is tuned alike, by the final training loss at equal wall time. On seed 0 its rate walks up and down the
+ladder 1, 3, 10, ... until the best has a worse neighbour on both sides, under each of three schedules; the best three
+of all combinations are run on seeds 1 and 2 as well, and the lowest mean logarithm of the loss over the three seeds is
+the choice. It is judged on seeds 10 to 19. The same is done once more for the constant rate alone, which is what
+a training script without a schedule does. What a method promises without tuning is run beside it, under the cosine and
+with a constant rate. At equal steps (N for everyone), and at ten times the budget, the choice stays what it was.
+
+The default of KFQN was chosen on seeds 0 to 2 of some of these problems (NOTES.md). A seed fixes initial weights and
+order of data, the same for all.
 
 The test set is cut in two by alternating samples: on one half the best moment of a run is chosen (validation), on the
-other it is reported (test). The training set stays whole, so that losses compare with other work on these problems.
+other it is reported (test). The untrained network is no moment of a run. The training set stays whole, so that losses
+compare with other work on these problems.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,15 +32,26 @@ from tqdm.auto import tqdm
 from benchmarks.methods import Method
 from benchmarks.problems import Task
 from benchmarks.records import Results
-from benchmarks.timing import TURNS, step_cost
+from benchmarks.timing import FAILURES, TURNS, StepCost, described_failure, step_costs
+from kfqn_core import KFQN
 from kfqn_core.lab.problems import Problem
-from kfqn_core.lab.training import cosine, evaluate, train
+from kfqn_core.lab.training import cosine, evaluate, last_fifth, train
 
-__all__ = ["BUDGETS", "Contest", "best_rate", "budget_steps", "fresh_seeds", "measured_ratio", "run", "score"]
+__all__ = [
+    "BUDGETS", "LADDER", "SCHEDULES", "Choice", "Contest", "budget_steps", "charged_ratio", "cheapest",
+    "choices", "judged_seeds",
+    "measure_costs", "run", "score",
+]  # fmt: skip
 
 POINTS = 12  # evaluations along a run
 PROBE = 1000  # training samples looked at along a run; the final training loss is over all of them
 BUDGETS = ("wall", "steps")
+SCHEDULES: dict[str, Callable[[float], float] | None] = {
+    "cosine": cosine, "last fifth": last_fifth, "constant": None,
+}  # fmt: skip
+LADDER = tuple(float(f"{digit}e{exponent}") for exponent in range(-6, 2) for digit in (1, 3))
+FIRST_SEED, MORE_SEEDS = 0, (1, 2)
+FINALISTS = 3
 
 
 def budget_steps(N: int, horizon: int, ratio: float, budget: str) -> int:
@@ -44,9 +61,9 @@ def budget_steps(N: int, horizon: int, ratio: float, budget: str) -> int:
     return max(1, round(horizon * N / ratio)) if budget == "wall" else horizon * N
 
 
-def fresh_seeds(count: int) -> range:
+def judged_seeds(count: int) -> range:
     """The first `count` seeds on which nothing was chosen."""
-    return range(2, 2 + count)
+    return range(10, 10 + count)
 
 
 def measures(problem: Problem) -> Callable[[nn.Module], dict[str, float]]:
@@ -72,35 +89,43 @@ def measures(problem: Problem) -> Callable[[nn.Module], dict[str, float]]:
     return measure
 
 
-def run(task: Task, method: Method, lr: float, seed: int, steps: int) -> dict[str, Any]:
-    """Train once. What is recorded: losses at the end and at the moment of the best validation loss, and the curve.
+def run(task: Task, method: Method, lr: float, schedule: str, seed: int, steps: int) -> dict[str, Any]:
+    """Train once. What is recorded: losses at the end and at the best moments for the validation set, and the curve.
 
-    A run whose loss stops being finite has no losses and says when it stopped; one that raises has its message.
+    `best` is the moment of the lowest validation loss, `most accurate` that of the highest validation accuracy. A run
+    whose loss stops being finite has no losses and says when it stopped; one that raises has its message.
     """
     problem, model = task.problem, task.problem.model(seed)
-    outcome: dict[str, Any] = {"lr": lr, "seed": seed, "steps": steps}
+    outcome: dict[str, Any] = {"lr": lr, "schedule": schedule, "seed": seed, "steps": steps}
     # Labels that K-FAC draws, and whatever else a method draws, are the seed's as well.
     torch.manual_seed(seed)
     try:
         frame = train(
             problem, lambda model: method.build(model, lr, task), steps, seed,
-            eval_every=max(1, math.ceil(steps / POINTS)), schedule=cosine, warm_start=method.warm_start, model=model,
-            measure=measures(problem), label=f"{task.key} {method.name} lr={lr:g} seed={seed}",
+            eval_every=max(1, math.ceil(steps / POINTS)), schedule=SCHEDULES[schedule], warm_start=method.warm_start,
+            model=model, measure=measures(problem), label=f"{task.key} {method.name} {lr:g} {schedule} seed {seed}",
         )  # fmt: skip
-    except (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError, ArithmeticError) as error:
-        return {**outcome, "train loss": None, "failed": f"{type(error).__name__}: {error}"[:300]}
+    except FAILURES as error:
+        return {**outcome, "train loss": None, "failed": described_failure(error)}
     seconds = float(frame["seconds"].iloc[-1])
     if "stopped" in frame.attrs:
         return {**outcome, "train loss": None, "seconds": seconds, "stopped": frame.attrs["stopped"]}
     curve = {name: frame[name].tolist() for name in frame.columns if name not in ("epoch", "seconds")}
     tested = [name for name in curve if name.startswith(("validation", "test"))]
-    best = min(range(len(frame)), key=lambda i: curve["validation loss"][i])
+    trained = range(1, len(frame))  # the first row is the untrained network
+
+    def moment(i: int) -> dict[str, float]:
+        return {"step": curve["step"][i], **{name: curve[name][i] for name in tested}}
+
+    best = {"best": moment(min(trained, key=lambda i: curve["validation loss"][i]))}
+    if "validation accuracy" in curve:
+        best["most accurate"] = moment(max(trained, key=lambda i: curve["validation accuracy"][i]))
     return {
         **outcome,
         "seconds": seconds,
         "train loss": evaluate(model, problem)[0],
         **{name: curve[name][-1] for name in tested},
-        "best": {"step": curve["step"][best], **{name: curve[name][best] for name in tested}},
+        **best,
         "curve": curve,
     }
 
@@ -111,31 +136,135 @@ def score(record: dict[str, Any]) -> float:
     return math.inf if loss is None else loss
 
 
-def measured_ratio(task: Task, method: Method, results: Results, turns: int = TURNS) -> float | None:
-    """The cost of a step against Adam's, measured once per problem and kept; None for a method that fails on it."""
-    if kept := results.of("step cost", method):
-        return kept[-1]["to_adam"]["value"]
-    if results.of("failure", method):
+def measure_costs(task: Task, methods: Sequence[Method], results: Results, turns: int = TURNS) -> None:
+    """The cost of a step of every method against Adam's, in one sitting, unless all are known already."""
+    if all(results.of("step cost", method) or results.of("failure", method) for method in methods):
+        return
+    for name, cost in step_costs(task, methods, turns=turns).items():
+        method = next(method for method in methods if method.name == name)
+        if isinstance(cost, StepCost):
+            results.add("step cost", method, **asdict(cost))
+        else:
+            results.add("failure", method, error=cost)
+
+
+def charged_ratio(method: Method, results: Results) -> float | None:
+    """What a step is charged, in Adam's: the end of the ratio's interval that is the worse one for us. None: failed."""
+    if not (kept := results.of("step cost", method)):
         return None
+    return kept[-1]["to_adam"]["high" if method.constructor is KFQN else "low"] if method.name != "adam" else 1.0
+
+
+def cheapest(methods: Sequence[Method], results: Results) -> list[Method]:
+    """Of methods with the same label the one whose step costs least; those without a step cost stay as they are."""
+
+    def cost(method: Method) -> float:
+        return kept[-1]["to_adam"]["value"] if (kept := results.of("step cost", method)) else math.inf
+
+    return [
+        method for method in methods
+        if all(cost(method) <= cost(other) for other in methods if other.label == method.label)
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A method with all that is tuned of it."""
+
+    method: Method
+    lr: float
+    schedule: str
+
+    def records(self, results: Results, **wanted: Any) -> list[dict[str, Any]]:
+        """Its runs."""
+        return results.of("run", self.method, lr=self.lr, schedule=self.schedule, **wanted)
+
+
+def walk(loss: Callable[[float], float], start: float) -> dict[float, float]:
+    """Losses along the ladder, from `start` and its neighbours on until the best is not at an end of what was tried."""
+    tried: dict[int, float] = {}
+
+    def look(i: int) -> None:
+        if 0 <= i < len(LADDER) and i not in tried:
+            tried[i] = loss(LADDER[i])
+
+    middle = LADDER.index(start)
+    while True:
+        for i in (middle, middle - 1, middle + 1):
+            look(i)
+        best = min(sorted(tried), key=lambda i: tried[i])
+        if best == middle:
+            return {LADDER[i]: tried[i] for i in sorted(tried)}
+        middle = best
+
+
+class NoRecordError(LookupError):
+    """A run that decides about a choice was not made yet."""
+
+
+def choices(
+    task: Task, method: Method, steps: int, ensure: Callable[[Choice, int], float | None]
+) -> dict[str, Choice] | None:
+    """What is judged of a method: `tuned`, `constant`, and what it promises untuned.
+
+    Args:
+        task: the problem.
+        method: that is tuned.
+        steps: of a tuning run.
+        ensure: gives the score of a choice on a seed, from a run or a record; None where there is no record, which ends
+            the search.
+
+    Returns:
+        By name; None if a record was missing.
+    """
+
+    def look(choice: Choice, seed: int = FIRST_SEED) -> float:
+        found = ensure(choice, seed)
+        if found is None:
+            raise NoRecordError
+        return found
+
+    tried: dict[Choice, float] = {}
+
+    def try_rates(variant: Method, schedule: str, start: float) -> float:
+        def losses(lr: float) -> float:
+            choice = Choice(variant, lr, schedule)
+            tried[choice] = look(choice)
+            return tried[choice]
+
+        found = walk(losses, start)
+        return min(found, key=lambda lr: found[lr])
+
     try:
-        cost = step_cost(task, method.name, turns=turns)
-    except (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError, ArithmeticError) as error:
-        results.add("failure", method, error=f"{type(error).__name__}: {error}"[:300])
+        for variant in method.variants():
+            try_rates(variant, "cosine", method.first_rate(task))
+        best = min(tried, key=lambda choice: tried[choice])
+        for schedule in SCHEDULES:
+            try_rates(best.method, schedule, best.lr)
+        found = {"tuned": _best_of(tried, look)}
+        found["constant"] = _best_of({c: loss for c, loss in tried.items() if c.schedule == "constant"}, look)
+    except NoRecordError:
         return None
-    return results.add("step cost", method, **asdict(cost))["to_adam"]["value"]
+    if method.default_lr is not None:
+        found["default"] = Choice(method, method.default_lr, "cosine")
+        found["default, constant"] = Choice(method, method.default_lr, "constant")
+    return found
 
 
-def best_rate(task: Task, method: Method, results: Results, steps: int) -> float | None:
-    """The rate with the lowest final training loss on seed 0 over `steps`; None before the whole grid was run."""
-    tried = {lr: results.of("run", method, lr=lr, seed=0, steps=steps) for lr in method.grid(task)}
-    if not all(tried.values()):
-        return None
-    return min(tried, key=lambda lr: score(tried[lr][-1]))
+def _best_of(tried: dict[Choice, float], look: Callable[[Choice, int], float]) -> Choice:
+    """The best over three seeds of those that are best on the first."""
+    finalists = sorted(tried, key=lambda choice: tried[choice])[:FINALISTS]
+
+    def mean(choice: Choice) -> float:
+        losses = [tried[choice], *(look(choice, seed) for seed in MORE_SEEDS)]
+        return sum(math.log(max(loss, 1e-30)) for loss in losses)
+
+    return min(finalists, key=mean)
 
 
 @dataclass(frozen=True)
 class Contest:
-    """One method on one problem over one horizon: four short tuning runs, then the rates that count on fresh seeds."""
+    """One method on one problem over one horizon: tuning runs, then what counts on the judged seeds."""
 
     task: Task
     method: Method
@@ -151,33 +280,42 @@ class Contest:
 
     @property
     def tuning_steps(self) -> int:
-        """Steps at equal wall time over the short horizon, where rates are chosen."""
+        """Steps at equal wall time over the short horizon, where everything is chosen."""
         assert self.task.steps is not None
         return budget_steps(self.task.steps, 1, self.ratio, "wall")
 
     def work(self) -> float:
-        """The whole contest in units of Adam steps, done or not."""
-        rates = 1 + (self.method.default_lr is not None)
-        per_seed = sum({self.steps(budget) for budget in self.budgets})
-        return self.ratio * (len(self.method.grid(self.task)) * self.tuning_steps + rates * self.seeds * per_seed)
+        """About the whole contest in units of Adam steps, done or not: the walks end where they end."""
+        tuning = 4 * (len(self.method.variants()) + len(SCHEDULES) - 1) + 2 * FINALISTS * len(MORE_SEEDS)
+        contestants = 2 + 2 * (self.method.default_lr is not None)
+        return self.ratio * (tuning * self.tuning_steps + contestants * self.seeds * self.steps("wall"))
 
     def play(self) -> Iterator[float]:
         """Run what is missing; yields the work of every run, done now or before."""
-        for lr in self.method.grid(self.task):
-            yield self._ensure(lr, 0, self.tuning_steps)
-        tuned = best_rate(self.task, self.method, self.results, self.tuning_steps)
-        for lr in dict.fromkeys(rate for rate in (tuned, self.method.default_lr) if rate is not None):
-            for budget_in_steps in dict.fromkeys(self.steps(budget) for budget in self.budgets):
-                for seed in fresh_seeds(self.seeds):
-                    yield self._ensure(lr, seed, budget_in_steps)
+        work: list[float] = []
 
-    def _ensure(self, lr: float, seed: int, steps: int) -> float:
-        if not self.results.of("run", self.method, lr=lr, seed=seed, steps=steps):
-            outcome = run(self.task, self.method, lr, seed, steps)
-            if seed == 0:
-                outcome.pop("curve", None)  # tuning runs are looked at by their end alone
-            self.results.add("run", self.method, **outcome)
-        return self.ratio * steps
+        def ensure(choice: Choice, seed: int) -> float:
+            work.append(self.ratio * self.tuning_steps)
+            return score(self._ensure(choice, seed, self.tuning_steps))
+
+        chosen = choices(self.task, self.method, self.tuning_steps, ensure)
+        assert chosen is not None
+        yield sum(work)
+        for name, choice in chosen.items():
+            for budget in self.budgets:
+                if budget == "steps" and "constant" in name:
+                    continue  # at equal steps there is one contest
+                for seed in judged_seeds(self.seeds if budget == "wall" else min(self.seeds, 5)):
+                    self._ensure(choice, seed, self.steps(budget))
+                    yield self.ratio * self.steps(budget)
+
+    def _ensure(self, choice: Choice, seed: int, steps: int) -> dict[str, Any]:
+        if kept := choice.records(self.results, seed=seed, steps=steps):
+            return kept[-1]
+        outcome = run(self.task, choice.method, choice.lr, choice.schedule, seed, steps)
+        if seed in (FIRST_SEED, *MORE_SEEDS):
+            outcome.pop("curve", None)  # tuning runs are looked at by their end alone
+        return self.results.add("run", choice.method, **outcome)
 
 
 def play(contests: list[Contest]) -> None:

@@ -20,11 +20,14 @@ __all__ = ["main"]
 
 INTRODUCTION = """# Results
 
-Written by `python -m benchmarks report`; the protocol is in `benchmarks/README.md`. Losses are means over fresh seeds
-with 95 % bootstrap intervals; p: paired t-test of log train losses against KFQN, untuned. A * marks a rate on the edge
-of its grid. Test metrics are those at the best validation loss, and in brackets those at the end.
+Written by `python -m benchmarks report`; the protocol is in `benchmarks/README.md`. Losses are means over judged seeds
+with 95 % bootstrap intervals; p: paired t-test of log train losses against KFQN's default, not corrected. Test loss at
+the lowest validation loss, accuracy at the highest validation accuracy, and in brackets those at the end.
 """
-HEADER = "| method | lr | steps | train loss | interval | p | test loss | test accuracy | step / Adam | state / Adam |"
+HEADER = (
+    "| method | lr, schedule | seeds | steps | train loss | interval | p | test loss | test accuracy | step / Adam | "
+    "state / Adam |"
+)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -35,10 +38,10 @@ def main(arguments: argparse.Namespace) -> int:
         print(f"no finished runs in {arguments.results}: `python -m benchmarks run` makes them")
         return 1
     frame = pd.DataFrame(rounded(frame.to_dict("records")))
-    frame.to_csv(arguments.results / "summary.csv", index=False)
+    frame.drop(columns="losses").to_csv(arguments.results / "summary.csv", index=False)
     (arguments.results / "tables.md").write_text(_tables(frame, arguments.results), encoding="utf-8")
     figures.use_style()
-    for horizon, part in frame[frame["budget"] == "wall"].groupby("horizon"):
+    for horizon, part in frame[(frame["budget"] == "wall") & (frame["contest"] == "free")].groupby("horizon"):
         _save(wall_time(part, arguments.results), arguments.results / f"wall-{horizon}.svg")
         _save(frontier(part, arguments.results), arguments.results / f"frontier-{horizon}.svg")
     print(f"wrote summary.csv, tables.md and figures to {arguments.results}")
@@ -64,19 +67,21 @@ def _number(value: float | None, digits: int = 4) -> str:
 
 def _tables(frame: pd.DataFrame, folder: Path) -> str:
     parts = [INTRODUCTION]
-    for (key, horizon, budget), part in frame.groupby(["problem", "horizon", "budget"], sort=False):
-        seeds = part["seeds"].max()
+    for (key, horizon, budget, contest), part in frame.groupby(["problem", "horizon", "budget", "contest"], sort=False):
         equal = "wall time" if budget == "wall" else "steps"
-        parts += [f"## {TITLES[key]}: {horizon}x, equal {equal}, {seeds} seeds\n", HEADER, "|---" * 10 + "|"]
+        rate = "constant rate" if contest == "constant" else "any schedule"
+        parts += [f"## {TITLES[key]}: {horizon}x, equal {equal}, {rate}\n", HEADER, "|---" * 11 + "|"]
         for _, row in part.sort_values("train loss", na_position="last").iterrows():
             accuracy = row.get("best test accuracy")
             cells = (
                 row["contestant"] + (f" ({row['unfinished']} diverged)" if row["unfinished"] else ""),
-                f"{row['lr']:g}{'*' if row['edge of grid'] else ''}", str(row["steps"]), _number(row["train loss"]),
+                ", ".join(filter(None, (f"{row['lr']:g}", row["schedule"], row["settings"]))),
+                str(row["seeds"]), str(row["steps"]), _number(row["train loss"]),
                 f"{_number(row['train low'])} to {_number(row['train high'])}", _number(row["p against KFQN"], 2),
                 f"{_number(row.get('best test loss'))} ({_number(row.get('test loss'))})",
                 "-" if accuracy is None or pd.isna(accuracy) else f"{accuracy:.3f} ({row['test accuracy']:.3f})",
-                f"{row['step / Adam']:.2f}", f"{row['state / Adam']:.2f}",
+                f"{row['step / Adam']:.2f} ({row['step low']:.2f} to {row['step high']:.2f})",
+                f"{row['state / Adam']:.2f}",
             )  # fmt: skip
             parts.append("| " + " | ".join(cells) + " |")
         parts.append("")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,7 +21,10 @@ from kfqn_core import KFQN
 from kfqn_core.lab.training import batches, make_closure
 from kfqn_core.training.options import refreshes
 
-__all__ = ["Ratio", "StepCost", "mean_interval", "paired_ratios", "parts_of", "step_cost", "stepper"]
+__all__ = [
+    "FAILURES", "Ratio", "StepCost", "described_failure", "mean_interval", "mixed", "paired_ratios", "parts_of",
+    "step_cost", "step_costs", "stepper", "update_share",
+]  # fmt: skip
 
 TURNS = 31  # the median's 95 % interval then runs from the 11th to the 21st turn
 STEPS, SECONDS = (
@@ -30,6 +33,13 @@ STEPS, SECONDS = (
 )  # a turn has as many steps at least, and lasts as long: a scheduler's slice is some milliseconds
 REFERENCES = ("adam", "sgd")
 NEVER = 10**9  # a refresh interval that no run reaches
+USUAL_STEPS, ROUNDS = 200, 10
+FAILURES = (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError, ArithmeticError)
+
+
+def described_failure(error: Exception) -> str:
+    """The message of an error, as it is recorded."""
+    return f"{type(error).__name__}: {error}"[:300]
 
 
 @dataclass(frozen=True)
@@ -77,32 +87,51 @@ def paired_ratios(
     return {name: np.array(values) for name, values in seconds.items()}
 
 
+def update_share(method: Method, steps: int) -> float:
+    """The share of `steps` steps of KFQN in which curvature is updated: its default begins with every step."""
+    return sum(refreshes(step, method.settings.get("refresh")) for step in range(steps)) / steps
+
+
 def mean_interval(method: Method, steps: int | None) -> float:
-    """Steps between curvature updates of KFQN, on average over `steps`: its default begins with every step."""
-    steps = steps or 200
-    return method.settings.get("refresh") or steps / sum(refreshes(step, None) for step in range(steps))
+    """Steps between curvature updates of KFQN, on average over `steps`."""
+    return 1 / update_share(method, steps or USUAL_STEPS)
 
 
-def parts_of(method: Method, steps: int | None) -> dict[str, tuple[Method, float]]:
-    """The kinds of steps whose mixture changes along a run, each as a method and with its share in `steps` steps."""
+def parts_of(method: Method) -> dict[str, Method]:
+    """The kinds of steps whose mixture changes along a run, each as a method, the updating one first."""
     if method.constructor is not KFQN or method.settings.get("refresh") is not None:
-        return {method.name: (method, 1.0)}
-    share = 1.0 / mean_interval(method, steps)
-    kinds = {"updating": (1, share), "coasting": (NEVER, 1.0 - share)}
+        return {method.name: method}
+    kinds = {"updating": 1, "coasting": NEVER}
     return {
-        f"{method.name}, {kind}": (replace(method, settings={**method.settings, "refresh": refresh}), weight)
-        for kind, (refresh, weight) in kinds.items()
+        f"{method.name}, {kind}": replace(method, settings={**method.settings, "refresh": refresh})
+        for kind, refresh in kinds.items()
     }
 
 
+def mixed(method: Method, seconds: Sequence[np.ndarray], adam: np.ndarray, N: int | None) -> np.ndarray:
+    """Seconds per step of a method, from those of its parts, as they occur in a run that takes as long as N of Adam's.
+
+    The mixture depends on how many steps the run has, and that on the mixture: a few rounds settle both.
+    """
+    if len(seconds) == 1:
+        return seconds[0]
+    updating, coasting = seconds
+    steps = N = N or USUAL_STEPS
+    for _ in range(ROUNDS):
+        share = update_share(method, steps)
+        both = share * updating + (1 - share) * coasting
+        steps = max(1, round(N / float(np.median(both / adam))))
+    return both
+
+
 def stepper(task: Task, method: Method, *, warm_up: int = 3) -> tuple[Callable[[], None], object]:
-    """A function that takes one training step of a method at its smallest learning rate, and the optimizer.
+    """A function that takes one training step of a method at a small learning rate, and the optimizer.
 
     The first steps, in which state is allocated and first inverses are taken, are already behind it.
     """
     problem = task.problem
     model = problem.model(seed=0)
-    optimizer = method.build(model, min(method.grid(task)), task)
+    optimizer = method.build(model, method.first_rate(task) / 3, task)
     if method.warm_start:
         optimizer.warm_start(problem.x_train.split(problem.batch_size))
     stream = batches(problem, seed=0)
@@ -135,34 +164,57 @@ class StepCost:
     bytes_to_adam: float
 
 
-def step_cost(task: Task, name: str, *, turns: int = TURNS) -> StepCost:
-    """Measure one method against Adam and SGD with momentum, all taking turns.
+def step_costs(task: Task, methods: Sequence[Method], *, turns: int = TURNS) -> dict[str, StepCost | str]:
+    """Measure methods against Adam and SGD with momentum, all taking turns in one sitting.
 
     Steps that update curvature and steps that do not are measured apart where their mixture changes along a run, and
-    put together as they occur in N steps. Over 10 N steps such a method costs a little less than this.
+    put together as they occur in a run of the same time. Over ten times the time such a method costs less than this.
+
+    Returns:
+        By name; for a method that fails on this problem, its message.
     """
-    method = METHODS[name]
-    parts = parts_of(method, task.steps)
-    made = {entry: stepper(task, part) for entry, (part, _) in parts.items()}
+    found: dict[str, StepCost | str] = {}
+    parts: dict[str, dict[str, Method]] = {}
+    made: dict[str, tuple[Callable[[], None], object]] = {}
+    for method in methods:
+        own = parts_of(method)
+        try:
+            made |= {entry: stepper(task, part) for entry, part in own.items()}
+            parts[method.name] = own
+        except FAILURES as error:
+            found[method.name] = described_failure(error)
     made |= {entry: stepper(task, METHODS[entry]) for entry in REFERENCES if entry not in made}
-    # A turn covers whole periods of the method.
-    per_turn = {
-        entry: _steps_per_turn(step, method.period if entry in parts else 1) for entry, (step, _) in made.items()
-    }
+    # A turn covers whole periods of a method.
+    periods = {entry: part.period for own in parts.values() for entry, part in own.items()}
     seconds = paired_ratios(
         {entry: step for entry, (step, _) in made.items()},
-        per_turn,
+        {entry: _steps_per_turn(step, periods.get(entry, 1)) for entry, (step, _) in made.items()},
         turns=turns,
-        label=f"{task.key} {name}",
+        label=f"{task.key} step costs",
     )
-    own = sum(weight * seconds[part] for part, (_, weight) in parts.items())
     held = {entry: state_bytes(optimizer) for entry, (_, optimizer) in made.items()}
-    return StepCost(
-        *(Ratio.of(own / seconds[reference]) for reference in REFERENCES),
-        adam_ms=float(np.median(seconds["adam"]) * 1e3),
-        bytes=held[next(iter(parts))],
-        bytes_to_adam=held[next(iter(parts))] / held["adam"],
-    )
+    for name, own in parts.items():
+        both = mixed(METHODS[name], [seconds[entry] for entry in own], seconds["adam"], task.steps)
+        bytes_held = held[next(iter(own))]
+        found[name] = StepCost(
+            *(Ratio.of(both / seconds[reference]) for reference in REFERENCES),
+            adam_ms=float(np.median(seconds["adam"]) * 1e3),
+            bytes=bytes_held,
+            bytes_to_adam=bytes_held / held["adam"],
+        )
+    return found
+
+
+def step_cost(task: Task, name: str, *, turns: int = TURNS) -> StepCost:
+    """That of one method.
+
+    Raises:
+        RuntimeError: if it fails on this problem.
+    """
+    cost = step_costs(task, [METHODS[name]], turns=turns)[name]
+    if isinstance(cost, str):
+        raise RuntimeError(cost)
+    return cost
 
 
 def one_thread() -> None:

@@ -12,7 +12,7 @@ from kfqn_core.lab.checks import relative_error
 from kfqn_core.training import length, steadiness
 
 F64 = torch.float64
-EVERYWHERE = torch.tensor(True)
+ONE = torch.tensor(1.0, dtype=F64)
 
 
 def share_after(gradients, mu=0.9):
@@ -23,27 +23,28 @@ def share_after(gradients, mu=0.9):
     return (M / root_mean_square / steadiness.KEPT).clamp_max(1.0)
 
 
-def kept_after(gradients, mu=0.9):
-    kept = torch.zeros(gradients.shape[1], dtype=F64)
+def found_after(gradients, mu=0.9):
+    """The same by what the optimizer does: the rates where `lr` is one and has been so from the start."""
+    squares = torch.zeros(gradients.shape[1], dtype=F64)
     M = torch.zeros_like(gradients[0])
     for G in gradients:
-        steadiness.observe(kept, G.square().sum(-1), mu, EVERYWHERE)
+        steadiness.observe(squares, G.norm(dim=-1), ONE * (1 - mu))
         M = mu * M + (1 - mu) * G
-    return kept, M.square().sum(-1)
+    return steadiness.rates(ONE, 1.0, steadiness.kept(squares, M.norm(dim=-1)))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 30])
 def test_share_is_its_definition(steps):
     generator = torch.Generator().manual_seed(steps)
     gradients = torch.randn(steps, 3, 5, generator=generator, dtype=F64) + torch.tensor([0.0, 0.3, 3.0])[:, None]
-    found = steadiness.shares(*kept_after(gradients))
+    found = found_after(gradients)
     assert relative_error(found, share_after(gradients)) < 1e-14
 
 
 def test_a_gradient_that_stays_gives_full_steps_and_noise_what_an_average_keeps_of_it():
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(200, 1, 20_000, generator=generator, dtype=F64)
-    found = steadiness.shares(*kept_after(torch.cat([torch.ones_like(noise), noise], dim=1)))
+    found = found_after(torch.cat([torch.ones_like(noise), noise], dim=1))
     assert found[0] == 1.0
     # sqrt(0.1 / 1.9) = 0.2294; the sum over 20,000 entries has a deviation of half a percent.
     assert found[1].item() == pytest.approx(math.sqrt(0.1 / 1.9) / steadiness.KEPT, rel=0.02)
@@ -52,25 +53,29 @@ def test_a_gradient_that_stays_gives_full_steps_and_noise_what_an_average_keeps_
 def test_the_scale_of_gradients_does_not_matter():
     gradients = torch.randn(10, 4, 6, generator=torch.Generator().manual_seed(1), dtype=F64)
     scales = torch.tensor([1e-12, 1.0, 1e12, 1e3], dtype=F64)[:, None]
-    expected = steadiness.shares(*kept_after(gradients))
-    assert relative_error(steadiness.shares(*kept_after(scales * gradients)), expected) < 1e-13
+    assert relative_error(found_after(scales * gradients), found_after(gradients)) < 1e-13
 
 
 def test_where_nothing_was_seen_steps_have_their_full_length():
-    kept = torch.zeros(2)
-    assert steadiness.shares(kept, torch.zeros(2)).tolist() == [1.0, 1.0]
-    steadiness.observe(kept, torch.zeros(2), 0.9, EVERYWHERE)  # gradients of a dead layer
-    assert steadiness.shares(kept, torch.zeros(2)).tolist() == [1.0, 1.0]
-    steadiness.observe(kept, torch.ones(2), 0.9, EVERYWHERE)  # which comes alive
-    assert (kept > 0).all()
+    squares, none = torch.zeros(2), torch.zeros(2)
+
+    def rates(M):
+        return steadiness.rates(torch.tensor(0.5), 1.0, steadiness.kept(squares, torch.full((2,), M))).tolist()
+
+    assert rates(0.0) == [0.5, 0.5]
+    steadiness.observe(squares, none, torch.tensor(0.1))  # gradients of a dead layer
+    assert rates(0.0) == [0.5, 0.5]
+    assert rates(1.0) == [0.5, 0.5]  # a momentum that came with a checkpoint
+    steadiness.observe(squares, torch.ones(2), torch.tensor(0.1))  # which comes alive
+    assert (squares > 0).all()
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_what_is_not_to_be_seen_changes_nothing(bad):
-    kept = torch.tensor([0.5, 0.6, 0.7])
-    steadiness.observe(kept, torch.tensor([1.0, bad, 2.0]), 0.9, torch.tensor([True, False, False]))
-    assert kept[0].item() == pytest.approx(0.55)
-    assert torch.equal(kept[1:], torch.tensor([0.6, 0.7]))
+    squares = torch.tensor([0.5, 0.6, 0.7])
+    steadiness.observe(squares, torch.tensor([1.0, bad, 2.0]), torch.tensor([0.1, 0.0, 0.0]))
+    assert squares[0].item() == pytest.approx(0.55)
+    assert torch.equal(squares[1:], torch.tensor([0.6, 0.7]))
 
 
 class Layers(nn.Module):
@@ -110,10 +115,9 @@ def noisy_run(steps, lr=0.03, schedule=lambda t: 1.0, **options):
 
 def test_steps_led_by_noise_are_shorter_layer_by_layer():
     _, optimizer, lengths = noisy_run(40)
-    for name, layer in optimizer.layers.items():
-        group, i = optimizer.plan.places[name]
-        share = steadiness.shares(group.steady[i : i + 1], layer.M.square().sum().reshape(1)).item()
-        assert share < 0.9
+    for name, (group, i) in optimizer.plan.places.items():
+        kept = steadiness.kept(group.steady[i : i + 1], group.momentum(0)[i].norm().reshape(1)).item()
+        assert (share := kept / steadiness.KEPT) < 0.9
         assert lengths[name][-1] == pytest.approx(0.03 * share, rel=2e-3)  # rows hardly shorter by the floor
     first = 0.03 * min(1.0, math.sqrt(0.1) / steadiness.KEPT)  # both averages begin at zero
     assert all(of_layer[0] == pytest.approx(first, rel=2e-3) for of_layer in lengths.values())

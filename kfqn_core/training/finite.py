@@ -92,12 +92,12 @@ class Skips:
         if self.counts.is_cuda and torch.cuda.is_current_stream_capturing():
             return  # a graph has no host to answer
         if self._answer is None and not self._said and (self.counts.device.type == "cpu" or step % EVERY == 0):
-            self._answer = Answer(self.counts >= SKIPS)
+            self._answer = Answer(self.counts)
         known = self._answer and self._answer.known()
         if not known:
             return
         self._answer = None
-        if known[1]:
+        if known[1] >= SKIPS:
             self._said = True
             warnings.warn(
                 f"the last {SKIPS} steps or more had a loss or gradient that is not finite, and changed nothing: look "

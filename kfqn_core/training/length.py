@@ -68,7 +68,6 @@ class Lengths:
         index = np.repeat(np.arange(len(layers)), rows_of_layers)
         self._rows_of_layers = torch.tensor(rows_of_layers, device=like.device)  # [layers]
         self._layer = torch.tensor(index, device=like.device)  # [rows]
-        self._floor = like.new_tensor([ROW_FLOOR / rows for rows, _ in layers])  # [layers], times a sum of lengths
         self._of_layers = like.new_tensor([1 / (STEP * math.sqrt(rows * d_in)) for rows, d_in in layers])  # [layers]
         of_rows = np.repeat([1 / row_length(d_out, d_in) for L, _, d_out, d_in in sizes], self._rows)
         self._of_rows = like.new_tensor((of_rows * math.sqrt(max(1.0, depth / DEEP))).tolist())  # [rows]
@@ -88,18 +87,20 @@ class Lengths:
         if step_length == "raw":
             return norms.fill_(1.0)
         if step_length == "normalised":
-            sizes = self._sums(norms.square_()).sqrt_().clamp_min_(SHORTEST).mul_(self._of_layers)  # [layers]
+            sizes = self._over_rows(norms.square_(), "sum").sqrt_().clamp_min_(SHORTEST).mul_(self._of_layers)
             return sizes.index_select(0, self._layer)
-        floors = self._sums(norms).mul_(self._floor)  # [layers]
-        return norms.add_(floors.index_select(0, self._layer)).clamp_min_(SHORTEST).mul_(self._of_rows)
+        means = self._over_rows(norms, "mean").index_select(0, self._layer)  # [rows], alike in a layer
+        return norms.add_(means, alpha=ROW_FLOOR).clamp_min_(SHORTEST).mul_(self._of_rows)
 
     def rows_of(self, layers: Tensor) -> Tensor:
         """`[layers]` for every row, `[rows]`."""
         return layers.index_select(0, self._layer)
 
-    def _sums(self, rows: Tensor) -> Tensor:
-        """`[rows]` summed over the rows of every layer, `[layers]`."""
-        return torch.segment_reduce(rows, "sum", lengths=self._rows_of_layers, unsafe=True)  # or the host would look
+    def _over_rows(self, rows: Tensor, reduction: str) -> Tensor:
+        """`[rows]` as their sum or mean over the rows of every layer, `[layers]`."""
+        return torch.segment_reduce(
+            rows, reduction, lengths=self._rows_of_layers, unsafe=True
+        )  # or the host would look
 
     def by_group(self, rows: Tensor) -> list[Tensor]:
         """`[rows]` cut up into `[L groups, d_out, 1]` for every group."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from kfqn_core.layers import LayerView
 from kfqn_core.maths.columns import Columns
+from kfqn_core.training import steadiness
 from kfqn_core.training.groups import Group
 from kfqn_core.training.length import Lengths
 from kfqn_core.training.steadiness import Steadiness
@@ -67,9 +68,9 @@ class Moves:
             lengths: of the gradients, by parameter.
         """
         of_weights = {id(group): index for group, (index, _) in self._groups}
-        for steadiness, groups in self._steady.values():
+        for (dtype, device), (steady, groups) in self._steady.items():
             momentum = [settings[of_weights[id(group)]]["momentum"] for group in groups for _ in group.layers]
-            steadiness.observe(lengths, momentum, finite)
+            steady.observe(lengths, momentum, finite.to(device, dtype))
         for index, flat, members in self._flats:
             of = settings[index]
             # Where there is no gradient stands the momentum, which then stays.
@@ -111,12 +112,12 @@ class Moves:
         for (group, _), D, norms in zip(members, space.directions, space.norms_of, strict=True):
             torch.linalg.vector_norm(group.direction(D), dim=-1, out=norms)
         units = space.lengths.divisors(space.norms, members[0][0].options.step_length)
-        shares = self._shares([group for group, _ in members])
+        kept = self._kept([group for group, _ in members])
         divisors = {}
         space.make_steps()
         for i, rate in rates.items():
-            if shares is not None:
-                rate = space.lengths.rows_of(torch.minimum(rate, shares * peaks[i]))
+            if kept is not None:
+                rate = space.lengths.rows_of(steadiness.rates(rate, peaks[i], kept))
             # Where the step is skipped the rate is zero, and what D is divided by infinite.
             divisors[i] = space.lengths.by_group(units / rate)
         for k, (_, indices) in enumerate(members):
@@ -126,16 +127,16 @@ class Moves:
         moving = [(p, step()) for p, step in space.as_parameters if p.grad is not None]
         torch._foreach_sub_([p for p, _ in moving], [step for _, step in moving])
 
-    def _shares(self, groups: Sequence[Group]) -> Tensor | None:
-        """Of the largest rate, what the layers of these groups may take, `[layers]`; None if all of it."""
+    def _kept(self, groups: Sequence[Group]) -> Tensor | None:
+        """What the momenta of these groups keep of the gradients, `[layers]`; None if steps do not depend on it."""
         place = self._steady.get((groups[0].M.W.dtype, groups[0].M.W.device))
         if place is None:
             return None
-        steadiness, of_groups = place
-        shares = steadiness.shares()
+        steady, of_groups = place
+        kept = steady.kept()
         if len(groups) == len(of_groups):
-            return shares
-        parts = dict(zip(map(id, of_groups), shares.split([len(group.layers) for group in of_groups]), strict=True))
+            return kept
+        parts = dict(zip(map(id, of_groups), kept.split([len(group.layers) for group in of_groups]), strict=True))
         return torch.cat([parts[id(group)] for group in groups])
 
     def _lengths_of(self, members: Sequence[tuple[Group, Indices]]) -> Lengths:
@@ -235,21 +236,12 @@ def _flattened(members: list[tuple[Group, int]]) -> Tensor:
 
 def _steadiness(groups: Sequence[Group]) -> Steadiness:
     """That of several groups, of which they get views in their place."""
-    kept = torch.cat([group.steady for group in groups if group.steady is not None])
-    for group, part in zip(groups, kept.split([len(group.layers) for group in groups]), strict=True):
+    squares = torch.cat([group.steady for group in groups if group.steady is not None])
+    for group, part in zip(groups, squares.split([len(group.layers) for group in groups]), strict=True):
         group.steady = part
-    layers = [layer for group in groups for layer in group.layers]
-    momenta = [
-        [
-            group.momentum(side)[group.rows(i)]
-            for group in groups
-            for i in range(len(group.layers))
-            if group.M[side] is not None
-        ]
-        for side in (0, 1)
-    ]
-    biases = {i: layer.bias for i, layer in enumerate(layers) if layer.bias is not None}
-    return Steadiness(kept, [layer.weight for layer in layers], biases, [*momenta[0], *momenta[1]])
+    weights = [layer.weight for group in groups for layer in group.layers]
+    M = [group.momentum(0)[group.rows(i)] for group in groups for i in range(len(group.layers))]
+    return Steadiness(squares, weights, M)
 
 
 def _in_order(members: list[tuple[Group, int]]) -> list[tuple[nn.Parameter, Callable[[Tensor], Tensor], Tensor]]:

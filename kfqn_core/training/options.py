@@ -17,7 +17,7 @@ DAMPING_SPLITS = ("even", "locations")
 ACTIVATION_FACTORS = ("auto", "action", "low_rank", "diagonal", "inverse")
 STEP_LENGTHS = ("raw", "normalised", "normalised_rows")
 LINEAR_OPTIONS = frozenset({"activation_decay", "pair_damping"})  # in which the method of 2021 told layers apart
-INTERVAL_GROWTH, LONGEST_INTERVAL = 25, 10  # steps after which the interval between updates grows by one, and its end
+INTERVAL_GROWTH, LONGEST_INTERVAL = 10, 10  # steps after which the interval between updates grows by one, and its end
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def _is_rate(value: Any) -> bool:
 def refreshes(step: int, refresh: int | None) -> bool:
     """Whether curvature is updated at `step` (from 0): every `refresh` steps.
 
-    For `None` the interval is one step for the first 25, two for the next 25, and so on up to ten: early updates were
+    For `None` the interval is one step for the first ten, two for the next ten, and so on up to ten: early updates were
     found to be worth their cost, and one in ten steps to be enough later (benchmarks/NOTES.md).
     """
     interval = min(LONGEST_INTERVAL, 1 + step // INTERVAL_GROWTH) if refresh is None else refresh

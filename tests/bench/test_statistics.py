@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.check import expected_order
-from benchmarks.statistics import mean_interval, paired_p
+from benchmarks.statistics import holm, mean_interval, mean_log_ratio, paired_p
 from benchmarks.timing import Ratio, paired_ratios
 
 
@@ -73,3 +73,21 @@ def test_a_factor_that_seeds_share_changes_no_pair():
     rng = np.random.default_rng(0)
     ours, theirs, shared = np.exp(rng.normal(size=(3, 5)))
     assert paired_p(shared * ours, shared * theirs) == pytest.approx(paired_p(ours, theirs), rel=1e-9)
+
+
+def test_holm_by_hand():
+    # Sorted: .01 x 3, .02 x 2, .04 x 1 = .03, .04, .04.
+    assert holm([0.04, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
+    assert holm([0.01, None]) == [0.02, None]  # a comparison that could not be made was one all the same
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_ratio_of_geometric_means_by_hand():
+    ratio, low, high = mean_log_ratio([2.0, 8.0], [1.0, 1.0])
+    assert ratio == pytest.approx(4.0)
+    # Two logarithms, mean ln 4 and deviation ln 4 / sqrt 2: t with one degree of freedom is 12.706.
+    half = 12.7062 * math.log(4) / math.sqrt(2) / math.sqrt(2)
+    assert (low, high) == pytest.approx((4.0 * math.exp(-half), 4.0 * math.exp(half)), rel=1e-4)
+    assert mean_log_ratio([1.0], [2.0])[0] == 0.5
+    assert all(math.isnan(value) for value in mean_log_ratio([1.0, math.inf], [1.0, 1.0]))

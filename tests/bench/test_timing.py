@@ -5,9 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("pytorch_optimizer", reason="benchmarks.costs needs it; `make setup` installs it")
+
+from benchmarks.methods import METHODS
+from benchmarks.timing import mean_interval, mixed, parts_of, update_share
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,3 +41,24 @@ def test_kept_memory_comes_back_without_page_faults():
     if ordinary < 1000:
         pytest.skip(f"memory comes back with {ordinary} page faults anyway: large pages")
     assert second_time("keep") < ordinary / 4
+
+
+def test_updates_become_rarer_along_a_run_and_its_share_of_them_smaller():
+    kfqn = METHODS["kfqn"]
+    assert update_share(kfqn, 10) == 1.0  # the interval grows by one every ten steps
+    assert update_share(kfqn, 30) == 19 / 30
+    assert update_share(kfqn, 400) < update_share(kfqn, 200)
+    assert update_share(METHODS["kfqn-5"], 100) == 0.2
+    assert mean_interval(kfqn, 30) == pytest.approx(30 / 19)
+
+
+def test_a_method_pays_for_the_updates_of_a_run_as_long_as_it_gets():
+    """An update costs 9 and another step 1, in Adam's: the mixture is that of N / r steps, which has more updates."""
+    kfqn, turns = METHODS["kfqn"], np.ones(5)
+    both = mixed(kfqn, [9 * turns, turns], turns, 400)
+    steps = round(400 / both[0])
+    share = update_share(kfqn, steps)
+    assert both == pytest.approx(9 * share + 1 - share, rel=0.02)  # steps are whole
+    assert share > 2 * update_share(kfqn, 400)
+    assert mixed(METHODS["adam"], [turns], turns, 400) is turns
+    assert list(parts_of(kfqn)) == ["kfqn, updating", "kfqn, coasting"]
