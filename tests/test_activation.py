@@ -26,7 +26,6 @@ from kfqn_core.lab.checks import relative_error
 from kfqn_core.layers import view
 from kfqn_core.maths.columns import Columns
 from kfqn_core.maths.secant import bfgs_inverse_update
-from kfqn_core.parallel.ranks import Ranks
 
 F64 = torch.float64
 LIKE = {"dtype": F64, "device": torch.device("cpu")}
@@ -425,7 +424,7 @@ def test_rows_side_by_side_with_dampings_of_their_own_are_factors_alone(form):
     together = FORMS[form](linear_case(3, 6, 0, groups=2)[1])  # two rows of the same sizes
     together.damping = torch.tensor(dampings, dtype=F64)[:, None]
     for turn, method in enumerate(("start", "average", "update")):
-        batch = Batch(views, records[min(turn, 1)], torch.empty(0, dtype=F64), Ranks())
+        batch = Batch(views, records[min(turn, 1)], torch.empty(0, dtype=F64))
         if method != "average" or together.every_step:
             getattr(together, method)(batch)
     for i, damping in enumerate(dampings):

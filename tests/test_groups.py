@@ -8,7 +8,7 @@ from torch import nn
 
 from kfqn_core import KFQN
 from kfqn_core.estimate.statistics import Record, Use
-from kfqn_core.training.groups import update
+from kfqn_core.training.rounds import update
 from tests.test_optimizer import METHODS, error, snapshot, train
 
 F64 = torch.float64

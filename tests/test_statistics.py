@@ -8,7 +8,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from kfqn_core.estimate.statistics import Batch, Record, Use, thin
 from kfqn_core.lab.checks import relative_error
 from kfqn_core.layers import view
-from kfqn_core.parallel.ranks import Ranks
 
 F64 = torch.float64
 LIKE = torch.empty(0, dtype=F64)
@@ -205,7 +204,7 @@ def test_a_batch_of_layers_has_the_statistics_of_each(kind, samples):
     views = [view(layer) for layer in layers]
     u, d_in = views[0].groups, views[0].d_in
     for outputs in (False, True):
-        batch = Batch(views, [r if r.uses else None for r in records], LIKE, Ranks(), outputs=outputs)
+        batch = Batch(views, [r if r.uses else None for r in records], LIKE, outputs=outputs)
         assert batch.seen == [bool(of) for of in samples]
         v = drawn(len(layers) * u, d_in, seed=3)
         for statistic in STATISTICS[3:] if outputs else STATISTICS[:3]:
@@ -213,7 +212,7 @@ def test_a_batch_of_layers_has_the_statistics_of_each(kind, samples):
             for i, record in enumerate(records):
                 alone = getattr(record, statistic)() if record.uses else torch.zeros_like(together[:u])
                 assert relative_error(together[i * u : (i + 1) * u], alone) < 1e-13  # sums in another order
-    batch = Batch(views, [r if r.uses else None for r in records], LIKE, Ranks())
+    batch = Batch(views, [r if r.uses else None for r in records], LIKE)
     for vectors in (v, torch.stack([v, -2 * v, v.square()], -1)):
         together = batch.activation_action(vectors)
         for i, record in enumerate(records):
@@ -229,7 +228,7 @@ def test_a_batch_of_layers_has_the_statistics_of_each(kind, samples):
 def test_a_batch_says_where_layers_act():
     layer = LAYERS["conv"]().double()
     records = [record_of(layer, use(layer, 3, 0)), None, record_of(layer, use(layer, 2, 0), use(layer, 4, 1, size=5))]
-    assert Batch([view(layer)] * 3, records, LIKE, Ranks()).locations() == [9, 1, (2 * 9 + 4 * 16) / 6]
+    assert Batch([view(layer)] * 3, records, LIKE).locations() == [9, 1, (2 * 9 + 4 * 16) / 6]
 
 
 @pytest.mark.parametrize("missing", ["g_sum", "h_sum"])
@@ -239,8 +238,8 @@ def test_a_layer_counts_as_seen_if_what_is_asked_for_is_known(missing):
     setattr(partly.uses[0], missing, None)
     blind.uses[0].x = None
     views, records = [view(layer)] * 2, [partly, blind]
-    assert Batch(views, records, LIKE, Ranks()).seen == [True, False]
-    assert Batch(views, records, LIKE, Ranks(), outputs=True).seen == [False, True]
+    assert Batch(views, records, LIKE).seen == [True, False]
+    assert Batch(views, records, LIKE, outputs=True).seen == [False, True]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -250,7 +249,7 @@ def test_half_precision_inputs_are_summed_in_the_dtype_of_the_factors(dtype):
     inputs = [drawn(300, 5, seed=i).to(dtype) for i in range(2)]
     views, like = [view(layer) for layer in layers], torch.empty(0)
     for records in ([[Use(inputs[0], 1)], [Use(inputs[1], 1)]], [[Use(x, 1)] for x in (inputs[0], inputs[1][:299])]):
-        batch = Batch(views, [Record(v, uses) for v, uses in zip(views, records, strict=True)], like, Ranks())
+        batch = Batch(views, [Record(v, uses) for v, uses in zip(views, records, strict=True)], like)
         for i, (v, uses) in enumerate(zip(views, records, strict=True)):
             exact = expected(Record(v, [Use(uses[0].x.double(), 1, h_sum=LIKE, g_sum=LIKE)]))
             for name in STATISTICS[:3]:
@@ -264,6 +263,6 @@ def test_no_tensor_is_read_on_the_host():
     with FakeTensorMode(allow_non_fake_inputs=True):  # holds shapes and no values: reading one raises
         for seen in ((True, True), (True, False)):
             records = [Record(view(layer), [Use(torch.randn(6, 5), 1)]) if known else None for known in seen]
-            batch = Batch([view(layer)] * 2, records, torch.empty(0), Ranks())
+            batch = Batch([view(layer)] * 2, records, torch.empty(0))
             assert batch.activation_action(batch.mean_input()).shape == (2, 6)
             assert batch.present is None or batch.present.shape == (2,)

@@ -150,11 +150,15 @@ class ActivationFactor:
         A = statistics.second_moment().to(self.A.dtype)
         self.A.lerp_(torch.where(where.reshape(-1, 1, 1), A, self.A), 1.0 - self.decay)
 
-    def pair(self, statistics: Statistics) -> tuple[Tensor, Tensor, Tensor]:
-        """`s = H_a abar`, `y = (A + lambda_A I) s` and abar, `[B, d_in]` each."""
+    def probe(self, statistics: Statistics) -> Tensor:
+        """`s = H_a abar`, `[B, d_in]`: along it the update asks for the action of `A`."""
+        return times(self.inverse.H, statistics.mean_input().to(self.inverse.H.dtype))
+
+    def pair(self, statistics: Statistics, s: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """`s = H_a abar`, `y = (A + lambda_A I) s` and abar, `[B, d_in]` each; `s` if it is not known yet."""
         H = self.inverse.H
         a_mean = statistics.mean_input().to(H.dtype)
-        s = times(H, a_mean)
+        s = times(H, a_mean) if s is None else s
         action = statistics.activation_action(s).to(H.dtype) if self.A is None else times(self.A, s)
         damped = action + self.damping * s if isinstance(self.damping, Tensor) else action.add(s, alpha=self.damping)
         return s, damped, a_mean
@@ -181,12 +185,20 @@ def towards_diagonal(A: Tensor, vectors: float | Tensor) -> Tensor:
     return shrunk
 
 
-def update_together(factors: Sequence[Activation], statistics: Sequence[Statistics], where: Sequence[Tensor]) -> None:
-    """`update` of the factors of several groups of layers; pairs of all that have one are taken in together."""
+def update_together(
+    factors: Sequence[Activation], statistics: Sequence[Statistics], where: Sequence[Tensor],
+    probes: Sequence[Tensor | None] | None = None,
+) -> None:  # fmt: skip
+    """`update` of the factors of several groups of layers; pairs of all that have one are taken in together.
+
+    Args:
+        factors, statistics, where: as for `update`.
+        probes: `probe` of the factors that have one, where it is known already.
+    """
     pairs, inverses, keep = [], [], []
-    for factor, batch, own in zip(factors, statistics, where, strict=True):
+    for factor, batch, own, s in zip(factors, statistics, where, probes or [None] * len(factors), strict=True):
         if type(factor) is ActivationFactor:
-            pairs.append(factor.pair(batch))
+            pairs.append(factor.pair(batch, s))
             inverses.append(factor.inverse)
             keep.append(own.expand(len(factor.H)))
         else:

@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kfqn_core.layers import LayerView, LinearView
-from kfqn_core.parallel.ranks import Ranks
 
 STACKED = 2**22  # entries of inputs that are copied side by side: beyond, a copy costs more than the calls it saves
 
@@ -213,15 +212,13 @@ class Batch:
         views: of the layers; their `groups`, `d_in` and `d_out` are equal.
         records: of the layers; None for one that was not seen, whose rows are then zero.
         like: a tensor whose dtype (of the factors) and device the statistics get.
-        ranks: over which everything is averaged; those count that have seen the layer.
         outputs: whether outputs and their gradients are asked for, and not inputs.
     """
 
     def __init__(
-        self, views: Sequence[LayerView], records: Sequence[Record | None], like: Tensor, ranks: Ranks,
-        *, outputs: bool = False,
+        self, views: Sequence[LayerView], records: Sequence[Record | None], like: Tensor, *, outputs: bool = False
     ):  # fmt: skip
-        self._views, self._records, self._like, self._ranks = views, records, like, ranks
+        self._views, self._records, self.like = views, records, like
         self.seen = [
             record is not None and bool(record.uses) and (record.has_outputs if outputs else record.has_inputs)
             for record in records
@@ -230,34 +227,28 @@ class Batch:
 
     @cached_property
     def present(self) -> Tensor | None:
-        """`[B]`, 1 for what a rank has seen and else 0; None where every rank has seen everything, as alone it may."""
-        if self._ranks.alone and all(self.seen):
+        """`[B]`, 1 for what was seen and else 0; None where everything was."""
+        if all(self.seen):
             return None
-        here = self._like.new_tensor([float(seen) for seen in self.seen]).repeat_interleave(self.groups)  # [B]
-        self._weight = here
-        self._count = here if self._ranks.alone else self._ranks.sum(here)
-        return (self._count > 0).to(here.dtype)
+        return self.like.new_tensor([float(seen) for seen in self.seen]).repeat_interleave(self.groups)
 
     def locations(self) -> list[float]:
-        """T of every layer, a mean over ranks; 1 where it was not seen."""
-        here = [
+        """T of every layer; 1 where it was not seen."""
+        return [
             record.T if record is not None and seen else 1.0
             for record, seen in zip(self._records, self.seen, strict=True)
         ]
-        if self._ranks.alone:
-            return here
-        return self._ranks.mean(self._like.new_tensor(here, dtype=torch.float64)).tolist()  # waits for the device
 
     def mean_input(self) -> Tensor:
         """abar, `[B, d_in]`."""
         if self._rows is not None:
-            return self._shared(self._with_bias(self._rows.mean(1)))  # [L, R, d] -> [L, d_in]
+            return self._with_bias(self._rows.mean(1))  # [L, R, d] -> [L, d_in]
         return self._side_by_side(lambda record, rows: record.mean_input(), self._views[0].d_in)
 
     def activation_action(self, v: Tensor) -> Tensor:
         """`A v` for `v` `[B, d_in]` or `[B, d_in, k]`."""
         if self._rows is not None:
-            return self._shared(_action_on_rows(self._rows, v, self._views[0].has_bias))
+            return _action_on_rows(self._rows, v, self._views[0].has_bias)
         return self._side_by_side(lambda record, rows: record.activation_action(v[rows]), *v.shape[1:])
 
     def second_moment(self) -> Tensor:
@@ -268,17 +259,21 @@ class Batch:
     def diagonal(self) -> Tensor:
         """The diagonal of A, `[B, d_in]`."""
         if self._rows is not None:
-            return self._shared(self._with_bias(self._rows.square().mean(1)))  # [L, R, d] -> [L, d_in]
+            return self._with_bias(self._rows.square().mean(1))  # [L, R, d] -> [L, d_in]
         return self._side_by_side(lambda record, rows: record.diagonal(), self._views[0].d_in)
 
     def vectors(self) -> float | Tensor:
-        """How many input vectors every layer has, on all ranks: one number where they are alike, else `[B]`."""
-        here = [record.vectors() if record is not None else 0.0 for record in self._records]
-        if self._ranks.alone and len(set(here)) == 1:
+        """How many input vectors every layer has: one number where they are alike, else `[B]`."""
+        here = self.vectors_of_layers()
+        if len(set(here)) == 1:
             return here[0]
         # Filled, not copied: a copy from the host would wait for the device.
-        counts = torch.stack([torch.full((), count, dtype=torch.float32, device=self._like.device) for count in here])
-        return self._ranks.sum(counts.repeat_interleave(self.groups))
+        counts = torch.stack([torch.full((), count, dtype=torch.float32, device=self.like.device) for count in here])
+        return counts.repeat_interleave(self.groups)
+
+    def vectors_of_layers(self) -> list[float]:
+        """How many input vectors every layer has."""
+        return [record.vectors() if record is not None else 0.0 for record in self._records]
 
     def mean_output(self) -> Tensor:
         """hbar, `[B, d_out]`."""
@@ -301,8 +296,8 @@ class Batch:
         if not alike:
             return None
         if len(inputs) == 1:
-            return inputs[0].unsqueeze(0).to(self._like.dtype)
-        return torch.stack(inputs).to(self._like.dtype) if len(inputs) * inputs[0].numel() <= STACKED else None
+            return inputs[0].unsqueeze(0).to(self.like.dtype)
+        return torch.stack(inputs).to(self.like.dtype) if len(inputs) * inputs[0].numel() <= STACKED else None
 
     def _with_bias(self, means: Tensor) -> Tensor:
         """`[L, d]` and a 1 for the bias if there is one."""
@@ -312,18 +307,10 @@ class Batch:
         parts = []
         for i, (record, seen) in enumerate(zip(self._records, self.seen, strict=True)):
             if record is not None and seen:
-                parts.append(statistic(record, slice(i * self.groups, (i + 1) * self.groups)).to(self._like.dtype))
+                parts.append(statistic(record, slice(i * self.groups, (i + 1) * self.groups)).to(self.like.dtype))
             else:
-                parts.append(self._like.new_zeros(self.groups, *shape))
-        return self._shared(parts[0] if len(parts) == 1 else torch.cat(parts))
-
-    def _shared(self, rows: Tensor) -> Tensor:
-        """The mean over ranks that have seen the layer."""
-        if self._ranks.alone:
-            return rows
-        self.present  # noqa: B018 - counts the ranks, once
-        shape = (-1, *[1] * (rows.dim() - 1))
-        return self._ranks.sum(rows * self._weight.view(shape)) / self._count.clamp_min(1).view(shape)
+                parts.append(self.like.new_zeros(self.groups, *shape))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _action_on_rows(rows: Tensor, v: Tensor, has_bias: bool) -> Tensor:

@@ -3,12 +3,13 @@
 `DistributedDataParallel` averages the gradients. The copies of the model stay equal only if everything else that makes
 a step is equal too. The optimizer keeps functions of means over the mini-batch (`A`, `A v`, and the means of `a`, `h`
 and `g`), and the mean over ranks of the means over equal parts is the mean over the whole: every such mean is averaged
-before it is used, `O(d)` numbers per layer and step, or `d_in^2` where `A` itself is kept or started.
+before it is used, `O(d)` numbers per layer and update, or `d_in^2` where `A` itself is kept or started. They travel
+together (`Ranks.sums`): the time of a small message does not depend on its size. Derived and counted in chapter 12.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -47,7 +48,16 @@ class Ranks:
             self._wrapper = wrapper
 
     def require_group(self) -> None:
-        """Raises RuntimeError if there are other processes and nothing has told whether they train this model."""
+        """Raise RuntimeError where ranks would drift apart.
+
+        If there are other processes and nothing has told whether they train this model; or inside `join`, where a rank
+        without data answers for the wrapper, and nobody for the optimizer.
+        """
+        if self._wrapper is not None and self._wrapper._join_config.enable and self.size > 1:
+            raise RuntimeError(
+                "a rank that has run out of data cannot answer for KFQN inside join(): give every rank the same number "
+                "of mini-batches, as DistributedSampler does (they may be of different size, or empty)"
+            )
         if self.group is None and torch.distributed.is_available() and torch.distributed.is_initialized():
             size = torch.distributed.get_world_size()
             if size > 1:
@@ -67,21 +77,39 @@ class Ranks:
         """Whether there is nobody to agree with."""
         return self.group is None or self.size == 1
 
-    def sum(self, value: Tensor) -> Tensor:
-        """The sum of `value` over ranks, the same bits on each. Every rank must call it, in the same order."""
+    def sums(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """The sum of every value over ranks, the same bits on each; one message for all of one device and dtype.
+
+        Every rank must call it with as many values of the same shapes, in the same order.
+
+        Raises:
+            RuntimeError: if a rank does not answer within the time limit of the process group.
+        """
+        totals = list(values)
         if self.alone:
-            return value
-        total = value.clone(memory_format=torch.contiguous_format)
-        torch.distributed.all_reduce(total, group=self.group)
-        return total
+            return totals
+        alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for i, value in enumerate(values):
+            alike.setdefault((value.device, value.dtype), []).append(i)
+        for places in alike.values():
+            message = torch.cat([values[i].reshape(-1) for i in places])
+            self._all_reduce(message)
+            for i, part in zip(places, message.split([values[i].numel() for i in places]), strict=True):
+                totals[i] = part.view(values[i].shape)
+        return totals
 
-    def mean(self, value: Tensor) -> Tensor:
-        """The mean of `value` over ranks, the same bits on each. Every rank must call it, in the same order."""
-        return value if self.alone else self.sum(value) / self.size
+    def _all_reduce(self, message: Tensor) -> None:
+        try:
+            torch.distributed.all_reduce(message, group=self.group)
+        except RuntimeError as error:
+            raise RuntimeError(
+                "the other processes that train this model did not answer, since one has stopped or has taken another "
+                f"number of steps: start all of them again from the last checkpoint ({error})"
+            ) from error
 
-    def all(self, flag: Tensor) -> Tensor:
-        """Whether the boolean scalar `flag` holds on every rank."""
-        return flag if self.alone else self.mean(flag.float()) == 1
+    def means(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """The mean of every value over ranks; see `sums`."""
+        return list(values) if self.alone else [total / self.size for total in self.sums(values)]
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -99,11 +127,12 @@ class Ranks:
 
 
 def refuse_shards(model: nn.Module) -> None:
-    """Raises TypeError if a parameter of `model` is spread over processes: a factor needs its whole matrix."""
+    """Raise TypeError if a parameter of `model` is spread over processes: a factor needs its whole matrix."""
     for name, module in model.named_modules():
-        sharded = [key for key, p in module.named_parameters(recurse=False) if hasattr(p, "device_mesh")]
-        if sharded or type(module).__name__ == "FullyShardedDataParallel":
+        placed = [p.placements for p in module.parameters(recurse=False) if hasattr(p, "placements")]
+        if placed or type(module).__name__ == "FullyShardedDataParallel":
+            how = f" ({', '.join(map(str, placed[0]))})" if placed else ""
             raise TypeError(
-                f"the parameters of {name or type(module).__name__!r} are sharded over processes, but KFQN needs whole "
-                "matrices: wrap the model in DistributedDataParallel instead of FSDP"
+                f"the parameters of {name or type(module).__name__!r} are sharded over processes{how}, but KFQN needs "
+                "whole matrices: use DistributedDataParallel instead of FSDP or tensor parallelism"
             )

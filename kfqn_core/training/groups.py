@@ -8,7 +8,7 @@ side by side along axis 0, `B = L groups`, so that a step costs a few operations
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,11 @@ from kfqn_core.estimate.activation import (
     ActivationFactor,
     DiagonalActivationFactor,
     ExactActivationFactor,
-    update_together,
 )
 from kfqn_core.estimate.gradient import GradientFactor
 from kfqn_core.estimate.inverses import DenseInverse
 from kfqn_core.estimate.low_rank import LowRankActivationFactor
+from kfqn_core.estimate.shared import AnyBatch, SharedBatch
 from kfqn_core.estimate.statistics import Batch, Record
 from kfqn_core.layers import LayerView
 from kfqn_core.maths.columns import Columns
@@ -50,19 +50,6 @@ def plain_step(
     M = momentum * M + (1 - momentum) * (G + weight_decay * W)
     D = M @ H_a if H_g is None else H_g @ M @ H_a
     return W - lr * length(D), M
-
-
-def update(batches: Mapping[Group, Batch], finite: Tensor) -> None:
-    """One update of every `H_a`, where `finite` holds, for the layers that were seen and have been started."""
-    alike: dict[Any, list[Group]] = {}
-    for group in batches:
-        alike.setdefault((group.M.W.dtype, group.M.W.device), []).append(group)
-    for groups in alike.values():
-        update_together(
-            [group.activation for group in groups],
-            [batches[group] for group in groups],
-            [group.updating(batches[group], finite) for group in groups],
-        )
 
 
 @dataclass(frozen=True)
@@ -173,21 +160,34 @@ class Group:
 
     # -- curvature
 
-    def batch(self, records: Mapping[str, Record], *, outputs: bool = False) -> Batch | None:
+    def batch(self, records: Mapping[str, Record], *, outputs: bool = False) -> AnyBatch | None:
         """The statistics of these layers, of inputs or of `outputs`; None where no rank can have seen one."""
         if not records and self._ranks.alone:
             return None
         own = [records.get(layer.name) for layer in self.layers]
-        batch = Batch([layer.view for layer in self.layers], own, self.M.W, self._ranks, outputs=outputs)
-        return batch if any(batch.seen) or not self._ranks.alone else None
+        batch = Batch([layer.view for layer in self.layers], own, self.M.W, outputs=outputs)
+        if not self._ranks.alone:
+            return SharedBatch(batch, self._ranks)
+        return batch if any(batch.seen) else None
 
-    def observe(self, batch: Batch, finite: Tensor, *, average: bool) -> None:
-        """Damping for the locations of this mini-batch, first estimates, and the running `A` if `average`."""
+    def starts(self, batch: AnyBatch, elsewhere: Collection[str] = ()) -> bool:
+        """Whether a layer without a first estimate was seen, here or, by its name, on another rank."""
+        return any(batch.seen[i] or self.layers[i].name in elsewhere for i in self.unsettled)
+
+    def observe(self, batch: AnyBatch, finite: Tensor, *, average: bool, elsewhere: Collection[str] = ()) -> None:
+        """Damping for the locations of this mini-batch, first estimates, and the running `A` if `average`.
+
+        Args:
+            batch: the mini-batch.
+            finite: bool scalar, where nothing is learnt if it does not hold.
+            average: whether a running `A` takes it in.
+            elsewhere: names of layers that some rank has seen: which start is the same on all.
+        """
         if self.options.split:
             self.split_damping(batch.locations())
         averaging = self.activation.every_step and average
         settled = self._rows_started().clone() if averaging else None  # [B], before this mini-batch
-        if any(i in self.unsettled for i, seen in enumerate(batch.seen) if seen) or not self._ranks.alone:
+        if self.starts(batch, elsewhere):
             self._start(batch, finite)
         if settled is not None:
             self.activation.average(batch, self._where(batch, finite) & settled)
@@ -200,7 +200,7 @@ class Group:
             self.unsettled -= {i for i, started in enumerate(known) if started}
             self._answer = None
 
-    def _start(self, batch: Batch, finite: Tensor) -> None:
+    def _start(self, batch: AnyBatch, finite: Tensor) -> None:
         """First estimates, where there are none; whether they were good is asked for and not waited for."""
         self.ask()
         if not self.unsettled:
@@ -217,7 +217,8 @@ class Group:
 
     def see(self, i: int, record: Record, past: float) -> None:
         """Layer i's running estimate takes in a mini-batch; what came before weighs `past`, and 0 begins anew."""
-        factor, batch = self.layer_activation(i), Batch([self.layers[i].view], [record], self.M.W, self._ranks)
+        factor, here = self.layer_activation(i), Batch([self.layers[i].view], [record], self.M.W)
+        batch = here if self._ranks.alone else SharedBatch(here, self._ranks)
         where = torch.ones(self.groups, dtype=torch.bool, device=self.started.device)
         if past == 0:
             factor.start(batch, where)
@@ -229,7 +230,7 @@ class Group:
         self.started[i] = True
         self.unsettled.discard(i)
 
-    def learn(self, before: Batch, after: Batch, finite: Tensor) -> None:
+    def learn(self, before: AnyBatch, after: AnyBatch, finite: Tensor) -> None:
         """What `H_g` learns from the same mini-batch before and after the step."""
         assert self.gradient is not None
         with self.no_autocast():
@@ -237,7 +238,7 @@ class Group:
             s, y = after.mean_output() - before.mean_output(), after.mean_gradient() - g_mean
             self.gradient.update(s, y, g_mean, self._where(after, self._where(before, finite)))
 
-    def learn_from_next(self, batch: Batch, refresh: bool, finite: Tensor) -> None:
+    def learn_from_next(self, batch: AnyBatch, refresh: bool, finite: Tensor) -> None:
         """What `H_g` learns from this mini-batch and the one before, if `refresh`; then this one is remembered."""
         assert self.gradient is not None
         assert self.h_last is not None
@@ -266,7 +267,7 @@ class Group:
         if self.gradient is not None:
             self.gradient.damping = lambdas[0][1] if alike else [b for _, b in lambdas]
 
-    def updating(self, batch: Batch, finite: Tensor) -> Tensor:
+    def updating(self, batch: AnyBatch, finite: Tensor) -> Tensor:
         """Bool `[B]`: where `finite` holds, and the layer was seen and has been started."""
         return self._where(batch, finite.to(self.started.device)) & self._rows_started()
 
@@ -274,7 +275,7 @@ class Group:
         """`started` of the rows along axis 0, bool `[B]`."""
         return self.started if self.groups == 1 else self.started.repeat_interleave(self.groups)
 
-    def _where(self, batch: Batch, finite: Tensor) -> Tensor:
+    def _where(self, batch: AnyBatch, finite: Tensor) -> Tensor:
         """Bool `[B]`: where `finite` (a scalar or `[B]`) holds and the layer was seen."""
         everywhere = finite.expand(self.M.W.shape[0])
         return everywhere if batch.present is None else everywhere & (batch.present > 0)

@@ -19,12 +19,13 @@ from kfqn_core.parallel.ranks import Ranks, refuse_shards
 from kfqn_core.training import checkpoint
 from kfqn_core.training.fallback import Fallback
 from kfqn_core.training.finite import Skips, all_finite, note_scale
-from kfqn_core.training.groups import Layer, update
+from kfqn_core.training.groups import Layer
 from kfqn_core.training.options import Options, check_group, refreshes
 from kfqn_core.training.pairs import SamePoint, source
 from kfqn_core.training.parameters import follow, follow_peaks, groups_of, refuse_sparse, require_model
 from kfqn_core.training.plan import Plan
 from kfqn_core.training.report import judge_coverage, say_unseen, summary
+from kfqn_core.training.rounds import first_round, second_round, seen, update
 from kfqn_core.training.warm_start import warm_start
 
 OWN = ("_options", "_model", "_whole", "_ranks", "fallback", "plan", "_refused", "_pairs", "_skips", "_steps",
@@ -56,7 +57,7 @@ class KFQN(torch.optim.Optimizer):
         method: the options of the method, by name: see `options.Options`.
 
     Raises:
-        TypeError: for something else than a model, an unknown option, or sharded parameters (FSDP).
+        TypeError: for something else than a model, an unknown option, or sharded parameters (FSDP, tensor parallelism).
         ValueError: for an option out of range, or a model without a layer to be observed.
 
     `loss` must be a mean over samples, since mean per-sample gradients are recovered from it; where micro-batches are
@@ -175,28 +176,31 @@ class KFQN(torch.optim.Optimizer):
         refresh = refreshes(self._steps, self._options.refresh)
         loss = self._pairs.evaluate(closure, refresh)
         records = self.plan.hooks.pop()
-        moving = self._prepare(records)
+        moving, elsewhere = self._prepare(records)
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         note_scale(self.plan, records, scale, found_inf)
         finite, lengths = all_finite(moving, loss, scale, found_inf, self._skips.counts.device)
-        finite = self._ranks.all(finite)
-        self._skips.count(finite)
         follow_peaks(self.param_groups)
         average = self._steps > 0 or not self._warm_started  # a warm-started A sits the first step out
+        groups = self.plan.layer_groups
 
         with self._no_autocast():
-            batches = {group: batch for group in self.plan.layer_groups if (batch := group.batch(records)) is not None}
+            batches = seen(groups, records, elsewhere, average=average, refresh=refresh)
+            finite = first_round(self._ranks, [*batches.values(), *self._pairs.before(groups, records)], finite)
+            self._skips.count(finite)
             for group, batch in batches.items():
-                group.observe(batch, finite.to(group.started.device), average=average)
+                group.observe(batch, finite.to(group.started.device), average=average, elsewhere=elsewhere)
             for moves in self.plan.moves:
                 moves.average(self.param_groups, finite, lengths)  # M <- mu M + (1 - mu) (G + tau W)
                 moves.move(self.param_groups, finite)  # D = H_g M H_a; W <- W - lr length(D)
             for params, settings in zip(self.plan.rest, self.param_groups, strict=True):
                 self.fallback.move([p for p in params if p.grad is not None], settings, finite)
-        self._pairs.learn(self.plan.layer_groups, self.plan.hooks, records, finite, refresh)  # H_g <- BFGS(H_g, pair)
+        pairs = self._pairs.after(groups, self.plan.hooks, records)
         with self._no_autocast():
+            probes = second_round(self._ranks, batches if refresh else {}, pairs)
+            self._pairs.learn(finite, refresh)  # H_g <- BFGS(H_g, pair)
             if refresh:
-                update(batches, finite)  # H_a <- BFGS(H_a, pair)
+                update(batches, finite, probes)  # H_a <- BFGS(H_a, pair)
         self.advance()
         return loss
 
@@ -206,34 +210,31 @@ class KFQN(torch.optim.Optimizer):
         self.plan.watch(refreshes(self._steps, self._options.refresh), every_step=self._pairs.every_step)
         self._skips.warn(self._steps)
 
-    def _prepare(self, records: dict[str, Record]) -> list[nn.Parameter]:
-        """Whatever may fail, fails here. Returns the parameters that have a gradient."""
+    def _prepare(self, records: dict[str, Record]) -> tuple[list[nn.Parameter], set[str]]:
+        """Whatever may fail, fails here. Returns parameters with a gradient, and names: see `Plan.survey`."""
         if self._removed:
             raise RuntimeError("the hooks of this optimizer were removed, so that it sees nothing: make a new KFQN")
         self._ranks.require_group()
-        if self._follow_model():
+        if changed := self._follow_model():
             for name in self.plan.new:  # what was seen of it was another matrix, or nothing
                 records.pop(name, None)
-        else:
-            self._leave_unseen(records)
+        unseen, elsewhere = self.plan.survey(records)
+        if not changed and (unseen := self.plan.unexplained(unseen)):
+            say_unseen(self.plan, unseen, ever=bool(self._refused) or len(unseen) < len(self.plan.places))
+            self.leave(unseen)
         refuse_sparse(moving := self.plan.moving())
-        return moving
+        return moving, elsewhere
 
     def _follow_model(self) -> bool:
         """A new plan, if model or parameter groups have changed. Returns whether they had."""
         if self.plan.holds(self.param_groups):
             return False
+        refuse_shards(self._model)
         for old, new in follow(self._model, self.param_groups, self._names, whole=self._whole):
             self.fallback.replace(old, new)
         self._make_plan()
         self._skips.follow(self._device or self._params()[0].device)
         return True
-
-    def _leave_unseen(self, records: dict[str, Record]) -> None:
-        """Leave layers to Adam whose weight has a gradient that none of their forwards explains."""
-        if unseen := self.plan.unseen(records):
-            say_unseen(self.plan, unseen, ever=bool(self._refused) or len(unseen) < len(self.plan.places))
-            self.leave(unseen)
 
     def leave(self, names: Iterable[str]) -> None:
         """Leave layers to the fallback, by name."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kfqn_core.estimate.hooks import Hooks
+from kfqn_core.estimate.shared import AnyBatch, SharedBatch
 from kfqn_core.estimate.statistics import Record, serials
 from kfqn_core.parallel.ranks import Ranks
 from kfqn_core.training.groups import Group
@@ -29,10 +30,14 @@ class Pairs(Protocol):
     def evaluate(self, closure: Callable[[], Any] | None, refresh: bool) -> Any:
         """Run the closure, if there is one, and return its loss. RuntimeError if one is needed."""
 
-    def learn(
-        self, groups: Sequence[Group], hooks: Hooks, records: Mapping[str, Record], finite: Tensor, refresh: bool
-    ) -> None:
-        """After the move: update every `H_g`, where the bool scalar `finite` holds."""
+    def before(self, groups: Sequence[Group], records: Mapping[str, Record]) -> Sequence[AnyBatch]:
+        """Before the move: the statistics of this mini-batch that it will need, wanted."""
+
+    def after(self, groups: Sequence[Group], hooks: Hooks, records: Mapping[str, Record]) -> Sequence[AnyBatch]:
+        """After the move: look again; the statistics that it needs besides, wanted."""
+
+    def learn(self, finite: Tensor, refresh: bool) -> None:
+        """Then: update every `H_g`, where the bool scalar `finite` holds."""
 
 
 def source(options: Options, model: nn.Module, parameters: Callable[[], Sequence[nn.Parameter]], ranks: Ranks) -> Pairs:
@@ -40,6 +45,9 @@ def source(options: Options, model: nn.Module, parameters: Callable[[], Sequence
     if options.pairs == "second_pass":
         return SamePoint(model, parameters, ranks, safeguard=options.safeguard)
     return NoPairs() if options.pairs is None else NextBatch()
+
+
+OUTPUTS = "mean_output", "mean_gradient"
 
 
 class NoPairs:
@@ -52,9 +60,15 @@ class NoPairs:
         with torch.enable_grad():
             return closure and closure()
 
-    def learn(
-        self, groups: Sequence[Group], hooks: Hooks, records: Mapping[str, Record], finite: Tensor, refresh: bool
-    ) -> None:
+    def before(self, groups: Sequence[Group], records: Mapping[str, Record]) -> Sequence[AnyBatch]:
+        """Nothing."""
+        return ()
+
+    def after(self, groups: Sequence[Group], hooks: Hooks, records: Mapping[str, Record]) -> Sequence[AnyBatch]:
+        """Nothing."""
+        return ()
+
+    def learn(self, finite: Tensor, refresh: bool) -> None:
         """Nothing."""
 
 
@@ -63,14 +77,23 @@ class NextBatch(NoPairs):
 
     every_step = True
 
-    def learn(
-        self, groups: Sequence[Group], hooks: Hooks, records: Mapping[str, Record], finite: Tensor, refresh: bool
-    ) -> None:
+    def __init__(self) -> None:
+        self._batches: dict[Group, AnyBatch] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_batches": {}}
+
+    def before(self, groups: Sequence[Group], records: Mapping[str, Record]) -> Sequence[AnyBatch]:
+        """The means of outputs and gradients."""
+        batches = {group: group.batch(records, outputs=True) for group in groups}
+        self._batches = {group: _wanting(batch) for group, batch in batches.items() if batch is not None}
+        return list(self._batches.values())
+
+    def learn(self, finite: Tensor, refresh: bool) -> None:
         """Compare with the mini-batch before, and remember this one."""
-        for group in groups:
-            batch = group.batch(records, outputs=True)
-            if batch is not None:
-                group.learn_from_next(batch, refresh, finite.to(group.started.device))
+        for group, batch in self._batches.items():
+            group.learn_from_next(batch, refresh, finite.to(group.started.device))
+        self._batches = {}
 
 
 class SamePoint(NoPairs):
@@ -92,10 +115,19 @@ class SamePoint(NoPairs):
         self._loss_after: Any = None
         self._closure: Callable[[], Any] | None = None
         self._again: SecondPass | None = None
+        self._batches: dict[Group, list[AnyBatch]] = {}  # before and after the move
         self.evaluating = False  # for the second time
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_closure": None, "_again": None, "_before": [], "_loss": None, "_loss_after": None}
+        passing: dict[str, Any] = {
+            "_closure": None,
+            "_again": None,
+            "_before": [],
+            "_loss": None,
+            "_loss_after": None,
+            "_batches": {},
+        }
+        return {**vars(self), **passing}
 
     def evaluate(self, closure: Callable[[], Any] | None, refresh: bool) -> Any:
         """The closure's loss, for the first time.
@@ -121,12 +153,10 @@ class SamePoint(NoPairs):
             self._before = [(p, p.detach().clone()) for p in self._parameters() if p.requires_grad]
         return loss
 
-    def learn(
-        self, groups: Sequence[Group], hooks: Hooks, records: Mapping[str, Record], finite: Tensor, refresh: bool
-    ) -> None:
-        """Evaluate again, and compare what ran inside the closure."""
+    def after(self, groups: Sequence[Group], hooks: Hooks, records: Mapping[str, Record]) -> Sequence[AnyBatch]:
+        """Evaluate again: the means of outputs and gradients of what ran inside the closure, both times."""
         if self._again is None or self._closure is None:
-            return
+            return ()
         after = self._evaluate_again(hooks)
         self._take_back()
         before = {name: record.since(self._began) for name, record in records.items()}
@@ -134,8 +164,16 @@ class SamePoint(NoPairs):
         alike = [name for name in before if name in after and before[name].uses_alike(after[name])]
         for group in groups:
             batches = [group.batch({n: of[n] for n in alike}, outputs=True) for of in (before, after)]
-            if batches[0] is not None and batches[1] is not None:
-                group.learn(batches[0], batches[1], finite.to(group.started.device))
+            known = [_wanting(batch) for batch in batches if batch is not None]
+            if len(known) == 2:
+                self._batches[group] = known
+        return [batch for both in self._batches.values() for batch in both]
+
+    def learn(self, finite: Tensor, refresh: bool) -> None:
+        """Compare."""
+        for group, (before, after) in self._batches.items():
+            group.learn(before, after, finite.to(group.started.device))
+        self._batches = {}
 
     def _evaluate_again(self, hooks: Hooks) -> dict[str, Record]:
         assert self._again is not None
@@ -163,7 +201,14 @@ class SamePoint(NoPairs):
             return
         device = before[0][0].device
         losses = [torch.as_tensor(loss).detach().to(device, torch.float32) for loss in (self._loss, self._loss_after)]
-        first, second = self._ranks.mean(torch.stack(losses)).unbind()
+        first, second = self._ranks.means([torch.stack(losses)])[0].unbind()
         worse = ~(second <= first)
         for p, old in before:
             p.copy_(torch.where(worse.to(p.device), old, p))
+
+
+def _wanting(batch: AnyBatch) -> AnyBatch:
+    """A batch of outputs, which ranks are to share."""
+    if isinstance(batch, SharedBatch):
+        batch.want(*OUTPUTS)
+    return batch

@@ -162,25 +162,35 @@ class Plan:
             id(p) for layer in layers for p in layer.parameters if not any(q.requires_grad for q in layer.parameters)
         }
 
-    def unseen(self, records: Mapping[str, Record]) -> list[str]:
-        """Layers whose weight has a gradient, which have no first estimate, and of which no use was seen.
+    def survey(self, records: Mapping[str, Record]) -> tuple[list[str], set[str]]:
+        """Look at the layers without a first estimate. Ranks must go on with the same plan, and do the same.
 
-        On every rank: they must go on with the same plan.
+        Returns:
+            Those whose weight has a gradient, on every rank, and of which no rank has seen a use; and those that some
+            rank has seen.
         """
+        if not self._ranks.alone:
+            for group in self.layer_groups:
+                group.ask()
         names = [name for name, (group, i) in self.places.items() if i in group.unsettled]
         flags = [
             self.layer(name).weight.requires_grad and self.layer(name).weight.grad is not None
             and name not in records and not self.hooks[name].empty
             for name in names
         ]  # fmt: skip
+        seen = [name in records and records[name].has_inputs for name in names]
         if names and not self._ranks.alone:
             device = self.places[names[0]][0].started.device
-            counts = self._ranks.sum(torch.tensor([float(flag) for flag in flags], device=device))
-            flags = (counts == self._ranks.size).tolist()  # waits, in the first steps
+            [counts] = self._ranks.sums([torch.tensor([flags, seen], dtype=torch.float32, device=device)])
+            of_all, of_some = counts.tolist()  # waits, in the first steps
+            flags, seen = [count == self._ranks.size for count in of_all], [count > 0 for count in of_some]
         unseen = [name for name, flag in zip(names, flags, strict=True) if flag]
+        return unseen, {name for name, some in zip(names, seen, strict=True) if some}
+
+    def unexplained(self, unseen: list[str]) -> list[str]:
+        """Those of the layers whose gradient is not zero. Looking waits for the device, and is rare."""
         if not unseen:
             return []
-        # A gradient of zeros needs no explanation. Looking waits for the device, and is rare.
         gradients = [g for name in unseen if (g := self.layer(name).weight.grad) is not None]
         sizes = torch._foreach_norm(gradients, torch.inf)
         some = Answer(torch.stack([size != 0 for size in sizes])).known(wait=True)

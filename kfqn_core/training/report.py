@@ -78,5 +78,5 @@ def say_unseen(plan: Plan, names: list[str], *, ever: bool) -> None:
     warnings.warn(
         f"{', '.join(names)}: the weight has a gradient, but no forward of the layer explains it (something else reads "
         f"the weight, or its input is no h = W a): it moves by Adam at fallback_lr. {errors}",
-        stacklevel=7,
+        stacklevel=6,
     )

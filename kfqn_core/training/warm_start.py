@@ -63,9 +63,9 @@ def warm_start(model: nn.Module, plan: Plan, ranks: Ranks, batches: Iterable[Any
         if group.options.split:
             means = [locations[name] / samples[name] if samples[name] else 1.0 for name in names]
             T = torch.tensor(means, dtype=torch.float64)
-            group.split_damping(ranks.mean(T.to(group.started.device)).tolist())
+            group.split_damping(ranks.means([T.to(group.started.device)])[0].tolist())
         for i, name in enumerate(names):
             if name in sums:
-                group.start_from(i, ranks.mean(sums[name] / samples[name]))
+                group.start_from(i, ranks.means([sums[name] / samples[name]])[0])
             if samples[name]:
                 group.settle(i)

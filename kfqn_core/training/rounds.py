@@ -1,0 +1,143 @@
+"""What a step asks of a mini-batch, in two rounds: ranks speak twice, and not once for every layer (chapter 12).
+
+The first round, before the move, asks what depends on nothing: whether the step is to be taken, how many ranks have
+seen a layer, means, diagonals, a first `A`. The second, after it, asks what depends on those answers, the action of `A`
+along `H_a abar`, and on the move, the means of a second evaluation. A step that learns nothing sends one flag. One
+process asks the same and sends nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from kfqn_core.estimate.activation import Activation, ActivationFactor, ExactActivationFactor, update_together
+from kfqn_core.estimate.low_rank import LowRankActivationFactor
+from kfqn_core.estimate.shared import AnyBatch, SharedBatch, share
+from kfqn_core.estimate.statistics import Record
+from kfqn_core.parallel.ranks import Ranks
+from kfqn_core.training.groups import Group
+
+Batches = Mapping[Group, AnyBatch]
+
+
+def seen(
+    groups: Iterable[Group], records: Mapping[str, Record], elsewhere: Collection[str], *, average: bool, refresh: bool
+) -> dict[Group, AnyBatch]:
+    """The statistics of the groups that learn of `H_a` in this step; the first round is wanted.
+
+    Args:
+        groups: all.
+        records: of this rank.
+        elsewhere: names of the layers without a first estimate that some rank has seen.
+        average: whether a running `A` takes the mini-batch in.
+        refresh: whether curvature is updated.
+    """
+    batches: dict[Group, AnyBatch] = {}
+    for group in groups:
+        batch = group.batch(records)
+        if isinstance(batch, SharedBatch):
+            start = group.starts(batch, elsewhere)
+            names = first_asked(group.activation, start=start, average=average, update=refresh)
+            if not names:
+                continue
+            batch.want(*names, *(["locations"] if group.options.split else []))
+        if batch is not None:
+            batches[group] = batch
+    return batches
+
+
+def first_asked(factor: Activation, *, start: bool, average: bool, update: bool) -> list[str]:
+    """The names of the statistics that depend on nothing and that `start`, `average` and `update` will ask for."""
+    if not isinstance(factor, ActivationFactor):
+        return ["diagonal"] if start or update else []
+    inverts = type(factor) is ExactActivationFactor
+    names = []
+    if start or (average and factor.A is not None) or (update and inverts and factor.A is None):
+        names.append("second_moment")
+    if start and factor.shrunk:
+        names.append("vectors")
+    if update and not inverts:
+        names.append("mean_input")
+    return names or (["present"] if update else [])
+
+
+def first_round(ranks: Ranks, batches: Iterable[AnyBatch], finite: Tensor) -> Tensor:
+    """Fetch what is wanted. Returns whether the bool scalar `finite` holds on every rank."""
+    return share(ranks, _shared(batches), finite)
+
+
+def second_round(ranks: Ranks, batches: Batches, pairs: Iterable[AnyBatch]) -> dict[Group, Tensor]:
+    """Fetch what updates of `H_a`, and `pairs`, ask for.
+
+    Args:
+        ranks: that have a part of the mini-batch each.
+        batches: of the groups whose `H_a` is updated.
+        pairs: statistics that want something.
+
+    Returns:
+        The vectors along which the action of `A` was fetched.
+    """
+    probes: dict[Group, Tensor] = {}
+    if ranks.alone:
+        return probes
+    for group, batch in batches.items():
+        v = _probe(group.activation, batch)
+        if v is not None and isinstance(batch, SharedBatch):
+            batch.want(along=v)
+            probes[group] = v
+    share(ranks, _shared([*batches.values(), *pairs]))
+    return probes
+
+
+def update(batches: Batches, finite: Tensor, probes: Mapping[Group, Tensor] | None = None) -> None:
+    """One update of every `H_a`, where `finite` holds, for the layers that were seen and have been started.
+
+    Args:
+        batches: by group.
+        finite: bool scalar.
+        probes: what `second_round` returned.
+    """
+    probes = probes or {}
+    alike: dict[Any, list[Group]] = {}
+    for group in batches:
+        alike.setdefault((group.M.W.dtype, group.M.W.device), []).append(group)
+    for groups in alike.values():
+        update_together(
+            [group.activation for group in groups],
+            [_answered(group, batches[group], probes.get(group)) for group in groups],
+            [group.updating(batches[group], finite) for group in groups],
+            [probes.get(group) for group in groups],
+        )
+
+
+def _shared(batches: Iterable[AnyBatch]) -> list[SharedBatch]:
+    return [batch for batch in batches if isinstance(batch, SharedBatch)]
+
+
+def _probe(factor: Activation, batch: AnyBatch) -> Tensor | None:
+    """Along what an update will ask for the action of `A`, if it does."""
+    if isinstance(factor, LowRankActivationFactor):
+        return factor._basis()
+    if type(factor) is ActivationFactor and factor.A is None:
+        return factor.probe(batch)
+    return None
+
+
+class _AlongBasis(SharedBatch):
+    """A batch as a low-rank update asks it: the basis, which the update computes anew, is the one that was sent."""
+
+    def __init__(self, batch: SharedBatch, basis: Tensor):
+        vars(self).update(vars(batch))
+        self._basis = basis
+
+    def activation_action(self, v: Tensor) -> Tensor:
+        """`A v` for the basis."""
+        return super().activation_action(self._basis)
+
+
+def _answered(group: Group, batch: AnyBatch, probe: Tensor | None) -> AnyBatch:
+    low_rank = probe is not None and isinstance(group.activation, LowRankActivationFactor)
+    return _AlongBasis(batch, probe) if low_rank and isinstance(batch, SharedBatch) and probe is not None else batch
