@@ -3,7 +3,7 @@
 PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
-CODE := kfqn_core benchmarks tests tools conftest.py site
+CODE := kfqn_core benchmarks examples tests tools conftest.py site
 
 # Torch and BLAS threads of parallel workers wait for each other: one thread each.
 export OMP_NUM_THREADS ?= 1
