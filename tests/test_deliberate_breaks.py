@@ -19,7 +19,7 @@ pytest.importorskip("hypothesis", reason="some of its guards are property tests;
 ROOT = Path(__file__).resolve().parents[1]
 PARITY = "tests/test_optimizer.py::test_kbfgs_is_the_2020_method"
 CNN_PARITY = "tests/test_optimizer_cnn.py::test_convolutional_presets_are_the_reconstructed_method"
-RANKS = "tests/test_ddp.py::test_two_ranks_with_half_batches_are_one_with_the_whole"
+RANKS = "tests/test_ddp.py::test_ranks_with_parts_of_batches_are_one_with_the_whole"
 NO_TRACE = "tests/test_optimizer.py::test_evaluation_and_copies_leave_no_trace"
 MASK = "tests/test_optimizer.py::test_second_pass_sees_the_same_dropout_mask_and_leaves_no_trace"
 CLEARED = "tests/test_uses.py::test_what_is_not_in_the_gradient_does_not_count[before-zeroed_in_place-None]"
@@ -169,12 +169,12 @@ BREAKS = [
     Break(
         "every rank keeps its own curvature",
         {
-            "kfqn_core.parallel.ranks.Ranks.sum": """
-            def broken(self, value):
-                return value if self.alone else value * self.size
+            "kfqn_core.parallel.ranks.Ranks.sums": """
+            def broken(self, values):
+                return list(values) if self.alone else [value * self.size for value in values]
             """
         },
-        (f"{RANKS}[vectors-default]", f"{RANKS}[images-KFQN_2022]"),
+        (f"{RANKS}[2-vectors-default]", f"{RANKS}[2-images-KFQN_2022]"),
     ),
     Break(
         "groups mix up layers",
