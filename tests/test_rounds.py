@@ -13,6 +13,7 @@ from torch import nn
 from kfqn_core import KFQN, presets
 from kfqn_core.estimate.shared import SharedBatch, share
 from kfqn_core.estimate.statistics import Batch, Record, Use
+from kfqn_core.lab.ranks import alike
 from kfqn_core.layers import view
 from kfqn_core.parallel.ranks import Ranks
 from tests.test_optimizer import batches, closure_for, error, snapshot, square_loss, tanh_network
@@ -25,18 +26,10 @@ IMAGES = (lambda: image_network("grouped"), images, nn.functional.cross_entropy)
 
 
 @pytest.fixture
-def messages(monkeypatch):
+def messages():
     """The lengths in bytes of all messages since it was cleared."""
-    sent = []
-
-    def all_reduce(tensor, group=None):
-        sent.append(tensor.numel() * tensor.element_size())
-        tensor.mul_(SIZE)
-
-    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    monkeypatch.setattr(Ranks, "size", SIZE)
-    monkeypatch.setattr(Ranks, "alone", False)
-    return sent
+    with alike(SIZE) as sent:
+        yield sent
 
 
 def numbers(optimizer, update):
@@ -195,3 +188,16 @@ def test_an_optimizer_that_shares_can_be_copied_between_steps(messages):
         o.step(closure_for(m, o, square_loss, *data[1]))
     for one, two in zip(snapshot(model, optimizer).values(), snapshot(twin, again).values(), strict=True):
         assert torch.equal(one, two)
+
+
+def test_a_step_is_taken_on_all_ranks_or_on_none():
+    model, data = tanh_network(), batches()
+    optimizer = KFQN(model, lr=0.05, activation_factor="action", refresh=1)
+    with alike(SIZE):
+        for k in range(2):
+            optimizer.step(closure_for(model, optimizer, square_loss, *data[k]))
+    before = snapshot(model, optimizer)
+    with alike(SIZE, refusing=1):
+        optimizer.step(closure_for(model, optimizer, square_loss, *data[2]))
+    assert optimizer.skipped_steps == 1
+    assert all(torch.equal(before[key], value) for key, value in snapshot(model, optimizer).items())

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, distributed, multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
+from kfqn_core.parallel.ranks import Ranks
+
 CALLS = ("all_reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce", "reduce_scatter_tensor",
          "all_to_all_single", "barrier")  # fmt: skip
 
@@ -92,3 +94,29 @@ def gradient_messages(wrapper: DistributedDataParallel) -> list[int]:
 
     wrapper.register_comm_hook(wrapper.process_group, hook)
     return sent
+
+
+@contextmanager
+def alike(size: int, refusing: int = 0) -> Iterator[list[int]]:
+    """Inside, this process believes itself one of `size`, whose mini-batches and states are all the same as its own.
+
+    A sum over ranks is then `size` times the value: what is sent can be counted without sending it.
+
+    Args:
+        size: how many.
+        refusing: how many of the others have found a number that is not finite.
+
+    Returns:
+        The sizes of the messages, in bytes.
+    """
+    sent: list[int] = []
+
+    def all_reduce(message: Tensor, group: Any = None) -> None:
+        sent.append(message.numel() * message.element_size())
+        message.mul_(size)
+        if len(sent) == 1 and refusing:  # the flag comes first in the first message of a step
+            message[0] -= refusing
+
+    one_of_many = mock.patch.multiple(Ranks, size=size, alone=False)
+    with one_of_many, mock.patch.object(distributed, "all_reduce", all_reduce):
+        yield sent
