@@ -5,6 +5,7 @@ process costs seconds; the results are compared here, where a failure is a faile
 """
 
 import pickle
+import warnings
 from contextlib import nullcontext
 
 import pytest
@@ -239,6 +240,24 @@ def spoiled(rank):
     return results
 
 
+def half_evaluated(rank):
+    """The second evaluation of a step fails on rank 1 alone: the others wait for its losses and means."""
+    model, _, data, loss_fn = build(ON_TWO["vectors-default"], rank)
+    optimizer = KFQN(model, lr=0.05, safeguard=True, **presets.KBFGS_2020)
+    calls = []
+
+    def closure(k):
+        calls.append(k)
+        assert not (rank == 1 and len(calls) == 4), "the second evaluation of the second step"
+        return closure_for(model, optimizer, loss_fn, *data[k])()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for k in range(4):
+            optimizer.step(lambda k=k: closure(k))
+    return list(snapshot(model, optimizer).values())
+
+
 def refusals(rank):
     """What is said where ranks would drift apart, or have parts of a matrix."""
     said = {}
@@ -299,7 +318,19 @@ def traffic(rank):
 
 def two(rank):
     results = {name: history(case, rank) for name, case in ON_TWO.items()}
-    extras = (uneven, empty, accumulated, routed, buffers, accidents, spoiled, refusals, pickles, traffic)
+    extras = (
+        uneven,
+        empty,
+        accumulated,
+        routed,
+        buffers,
+        accidents,
+        half_evaluated,
+        spoiled,
+        refusals,
+        pickles,
+        traffic,
+    )
     return results | {extra.__name__: extra(rank) for extra in extras}
 
 
@@ -372,6 +403,11 @@ def test_ranks_agree_on_skipping_a_step_and_on_locations(ranks):
         assert unmoved
         assert skipped == (1, 1)
     assert same(ranks[0]["accidents"][2], ranks[1]["accidents"][2])
+
+
+def test_a_second_evaluation_that_fails_on_one_rank_keeps_nobody_waiting(ranks):
+    assert same(ranks[0]["half_evaluated"], ranks[1]["half_evaluated"])
+    assert all(value.isfinite().all() for value in ranks[0]["half_evaluated"])
 
 
 def test_a_nan_on_one_rank_changes_nothing_on_any(ranks):

@@ -197,10 +197,12 @@ class SamePoint(NoPairs):
     def _take_back(self) -> None:
         """Every parameter as it was before the step, if the loss after it is larger than before or not a number."""
         before, self._before = self._before, []
-        if not before or self._loss_after is None:
+        if not before:
             return
         device = before[0][0].device
-        losses = [torch.as_tensor(loss).detach().to(device, torch.float32) for loss in (self._loss, self._loss_after)]
+        # A rank that could not evaluate again has no objection; it has to speak, for the others wait.
+        after = self._loss if self._loss_after is None else self._loss_after
+        losses = [torch.as_tensor(loss).detach().to(device, torch.float32) for loss in (self._loss, after)]
         first, second = self._ranks.means([torch.stack(losses)])[0].unbind()
         worse = ~(second <= first)
         for p, old in before:
