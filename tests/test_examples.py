@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
+
 ROOT = Path(__file__).parent.parent
 
 
