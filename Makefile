@@ -2,6 +2,10 @@
 
 PYTHON ?= python3
 WORKERS ?= 2
+# Which build of torch: cpu; cuda (what PyPI has: gigabytes more on Linux); or another index of PyTorch's, such as cu126.
+TORCH ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
+TORCH_INDEX := $(if $(filter cuda,$(TORCH)),,--extra-index-url https://download.pytorch.org/whl/$(TORCH))
+PORT ?= 8000
 BIN := .venv/bin
 CODE := kfqn_core benchmarks examples tests tools conftest.py site
 
@@ -10,8 +14,11 @@ export OMP_NUM_THREADS ?= 1
 # nbgrader and JupyterLab start `jupyter` and kernels by name.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
+# Torch first and alone: its index knows nothing else, and where it cannot be reached pip warns and takes PyPI's build.
+PIP = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+
 .DEFAULT_GOAL := help
-.PHONY: help setup test frameworks book chapters budgets site lab student bench bench-full gpu lint format lock clean
+.PHONY: help setup test frameworks book chapter chapters budgets site serve lab student bench bench-full gpu lint format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,9 +29,13 @@ setup: .venv/.ready ## create .venv and install everything, pinned by constraint
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "This book needs Python 3.11 or newer, and '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)."; \
 	  echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
-	@echo "Installing the $$(wc -l < constraints.txt) packages of constraints.txt into .venv, about 2 GB with torch: minutes."
+	@echo "Installing the $$(wc -l < constraints.txt) packages of constraints.txt into .venv, torch for '$(TORCH)': a few minutes."
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(PIP) --no-deps torch $(TORCH_INDEX) && $(PIP) --editable '.[dev]' || { echo; \
+	  echo "Setting up failed, see above; 'make setup' goes on where it stopped. The usual reasons:"; \
+	  echo "  'No matching distribution' or 'Retrying': no network, or a proxy that pip has to be told of (HTTPS_PROXY)"; \
+	  echo "  'No space left': .venv needs 2 GB, with TORCH=cuda several more"; \
+	  echo "  'Permission denied': copy the book to a folder that is yours"; exit 1; }
 	mkdir -p .venv/share/jupyter/lab/settings
 	cp tools/jupyterlab-overrides.json .venv/share/jupyter/lab/settings/overrides.json
 	@touch $@
@@ -33,17 +44,29 @@ test: setup ## unit tests, then every chapter
 	$(BIN)/python -m pytest -q -n $(WORKERS)
 	$(BIN)/python -m pytest -v --no-header -n $(WORKERS) --dist worksteal --nbmake chapters
 
-book: chapters site ## execute what changed and build the site, out/html/index.html
+RUN_CHAPTERS := $(BIN)/python -m pytest -v --no-header --nbmake --reuse
+book: setup ## execute what changed and build the site, out/html/index.html
+	@if $(MAKE) --no-print-directory chapters; then $(BIN)/python -m tools.site; \
+	else $(BIN)/python -m tools.site --after-failure; echo "A chapter failed, see above."; exit 1; fi
+
+chapter: setup ## execute one chapter and build its page alone, out/chapter: make chapter N=02
+	@[ -n '$(N)' ] || { echo "Which chapter? For instance: make chapter N=02"; exit 1; }
+	@file=$$($(BIN)/python -m tools.manifest '$(N)') && $(RUN_CHAPTERS) $$file; ran=$$?; \
+	$(BIN)/python -m tools.site --only '$(N)' && exit $$ran
 
 chapters: setup ## execute the chapters that changed, out/notebooks
-	@$(BIN)/python -m pytest -v --no-header -n $(WORKERS) --dist worksteal --nbmake --reuse chapters || { \
-	  echo "A chapter failed, see above. The last good notebooks and site are untouched."; exit 1; }
+	@$(BIN)/python -m tools.notebooks
+	@$(RUN_CHAPTERS) -n $(WORKERS) --dist worksteal chapters
 
 budgets: setup ## does every chapter keep its time? On a quiet machine, one after another
 	$(BIN)/python -m pytest -v --no-header --nbmake --strict-budgets chapters
 
 site: setup ## build the site from the executed notebooks
 	@$(BIN)/python -m tools.site
+
+serve: setup ## serve the site at http://localhost:8000, where its search works (PORT=8000)
+	@echo "http://localhost:$(PORT)   (Ctrl-C ends it)"
+	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory out/html $(PORT)
 
 # A backend that the shell names for all of matplotlib would take the pictures away.
 lab: setup ## open JupyterLab; the chapters open as notebooks

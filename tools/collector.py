@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from nbmake.pytest_items import NbMakeFailureRepr
 
@@ -17,7 +19,7 @@ class ChapterFile(pytest.File):
         self.book, self.chapter = book, chapter
 
     def collect(self):
-        yield ChapterItem.from_parent(self, name=self.chapter.title, budget_s=self.chapter.budget_s)
+        yield ChapterItem.from_parent(self, name=self.chapter.title.replace("$", ""), budget_s=self.chapter.budget_s)
 
 
 class ChapterItem(pytest.Item):
@@ -33,7 +35,7 @@ class ChapterItem(pytest.Item):
         if self.config.getoption("reuse") and notebooks.is_fresh(book, chapter):
             self.user_properties.append(("chapter", "REUSED"))
             return
-        timing = notebooks.execute(book, chapter)
+        timing = notebooks.execute(book, chapter, self.say)
         spent = f"took {timing.reading_s:.1f} s, budget {self.budget_s} s"
         self.user_properties.append(("chapter", f"PASSED ({spent}; checks tried in {timing.verifying_s:.1f} s)"))
         if timing.reading_s > self.budget_s:
@@ -42,6 +44,12 @@ class ChapterItem(pytest.Item):
             if self.config.getoption("strict_budgets"):
                 raise ChapterError(over)
             self.user_properties.append(("over budget", over))
+
+    def say(self, line: str) -> None:
+        """To the terminal at once, past pytest's capture; on the channel of errors, which a worker shares with it."""
+        capture = self.config.pluginmanager.getplugin("capturemanager")
+        with capture.global_and_fixture_disabled():
+            print(line, file=sys.stderr, flush=True)
 
     def repr_failure(self, excinfo, style=None):
         error, chapter = excinfo.value, self.parent.chapter

@@ -7,6 +7,7 @@ Site, runner, ledger and tests learn about chapters here and nowhere else. Whate
 from __future__ import annotations
 
 import re
+import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,12 @@ class Chapter:
         prefix = SLUG.fullmatch(self.slug)[1]
         return int(prefix) if prefix else None
 
+    @property
+    def name(self) -> str:
+        """Number and title, for a terminal: without the dollars around the mathematics of a title."""
+        title = self.title.replace("$", "")
+        return title if self.number is None else f"{self.number:02d} {title}"
+
 
 @dataclass(frozen=True)
 class Part:
@@ -66,6 +73,16 @@ class Book:
     @property
     def chapters(self) -> tuple[Chapter, ...]:
         return tuple(chapter for part in self.parts for chapter in part.chapters)
+
+    def find(self, name: str) -> Chapter:
+        """The chapter with this number (2, 02) or slug; ManifestError, with those that there are, if there is none."""
+        for chapter in self.chapters:
+            if name == chapter.slug or (name.isdecimal() and int(name) == chapter.number):
+                return chapter
+        known = ", ".join(
+            chapter.slug if chapter.number is None else f"{chapter.number:02d}" for chapter in self.chapters
+        )
+        raise ManifestError(f"There is no chapter {name!r}; there are {known}.")
 
 
 class _Table:
@@ -223,6 +240,17 @@ def left_out(book: Book) -> list[str]:
     ]
 
 
+def main(names: list[str]) -> int:
+    """Print the files of the chapters named, or of all, for the Makefile."""
+    try:
+        book = load()
+        chapters = [book.find(name) for name in names] or book.chapters
+    except ManifestError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(*(chapter.path.relative_to(ROOT).as_posix() for chapter in chapters), sep="\n")
+    return 0
+
+
 if __name__ == "__main__":
-    # The chapters' files, for the Makefile.
-    print(*(chapter.path.relative_to(ROOT).as_posix() for chapter in load().chapters), sep="\n")
+    sys.exit(main(sys.argv[1:]))

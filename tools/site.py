@@ -1,10 +1,13 @@
 """Executed notebooks into the site: stage the pages in `out/site-src`, build, and swap the result into `out/html`.
 
-python -m tools.site
+python -m tools.site                 the whole site; refuses chapters that were not executed
+python -m tools.site --after-failure where there is no whole site yet, one that says which chapters failed
+python -m tools.site --only 02       out/chapter, whatever else was executed or not
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import shutil
 import sys
@@ -14,10 +17,11 @@ import nbformat
 from nbformat import NotebookNode
 from sphinx.cmd.build import build_main
 
-from tools import exercises, ledger, manifest, notebooks, source
+from tools import exercises, gaps, ledger, manifest, notebooks, source
 from tools.manifest import Book, Chapter
 
 EXERCISE_END = re.compile(r"^:{3,}\{exercise-end\}", re.MULTILINE)
+INCOMPLETE = ".incomplete"  # lies in a site whose chapters have not all been executed
 SOLUTION_MARK = re.compile(r"^[ \t]*### (?:BEGIN|END) SOLUTION[ \t]*\n?", re.MULTILINE)
 
 
@@ -25,15 +29,18 @@ class SiteError(Exception):
     """The site cannot be built from what is there."""
 
 
-def stage(book: Book, target: Path) -> None:
-    """Write everything Sphinx reads into `target`, made anew."""
+def stage(book: Book, target: Path, with_gaps: bool = False, only: Chapter | None = None) -> None:
+    """Write everything Sphinx reads into `target`, made anew; `with_gaps` shows chapters that have no results too."""
     entries = ledger.collect(book)
     if entries.problems:
         raise SiteError("the ledger has gaps:\n" + "\n".join(entries.problems))
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     for chapter in book.chapters:
-        nbformat.write(_page(book, chapter, entries.checks), target / f"{chapter.slug}.ipynb")
+        page, note = _notebook(book, chapter, with_gaps)
+        if chapter == only:
+            note += gaps.among(book, chapter)
+        nbformat.write(_page(book, chapter, page, note, entries.checks), target / f"{chapter.slug}.ipynb")
     shutil.copytree(book.root / "site" / "_static", target / "_static")  # pictures of the home page
     (target / "ledger.md").write_text(ledger.page(book.root, entries), encoding="utf-8")
     (target / "bibliography.md").write_text("# Bibliography\n\n```{bibliography}\n```\n", encoding="utf-8")
@@ -63,17 +70,19 @@ def _toctrees(book: Book) -> list[str]:
     ]
 
 
-def _page(book: Book, chapter: Chapter, checks: tuple[ledger.Check, ...]) -> NotebookNode:
-    """The notebook of a chapter as the site shows it: stubs in the tasks, targets before the checks."""
-    note = ""
+def _notebook(book: Book, chapter: Chapter, with_gaps: bool) -> tuple[NotebookNode, str]:
+    """A chapter's notebook with its results, and what has to be said at its top."""
     if notebooks.is_fresh(book, chapter):
-        page = nbformat.read(notebooks.published(book, chapter), as_version=4)
-    elif chapter.device == "gpu":
-        page = source.read(book, chapter)
-        note = ":::{note}\nThis chapter needs a GPU and was built without one: its cells have no output.\n:::\n\n"
-    else:
-        raise SiteError(f"{chapter.slug} was not executed since it, or the code it stands on, changed: run `make book`")
+        return nbformat.read(notebooks.published(book, chapter), as_version=4), ""
+    if with_gaps or chapter.device == "gpu":
+        return gaps.page(book, chapter), gaps.note(book, chapter)
+    raise SiteError(f"{chapter.slug} was not executed since it, or the code it stands on, changed: run `make book`")
 
+
+def _page(
+    book: Book, chapter: Chapter, page: NotebookNode, note: str, checks: tuple[ledger.Check, ...]
+) -> NotebookNode:
+    """The notebook of a chapter as the site shows it: stubs in the tasks, targets before the checks."""
     targets = {check.number: ledger.anchor(check) for check in checks if check.chapter == chapter}
     stubs = {exercise.label: exercise.stub for exercise in exercises.collect(chapter, page)[0]}
     cells, number = [], 0
@@ -88,7 +97,8 @@ def _page(book: Book, chapter: Chapter, checks: tuple[ledger.Check, ...]) -> Not
         cells.append(cell)
     page.cells = cells
     heading = next(cell for cell in page.cells if cell.cell_type == "markdown")
-    heading.source = heading.source.replace("\n", f"\n\n{note}{_requirements(book, chapter)}", 1)
+    title, _, text = heading.source.partition("\n")
+    heading.source = f"{title}\n\n{note}{_requirements(book, chapter)}{text}"
     return page
 
 
@@ -108,11 +118,12 @@ def _with_stubs(text: str, stubs: dict[str, str]) -> str:
     return done + text[end:]
 
 
-def build(book: Book) -> Path:
+def build(book: Book, with_gaps: bool = False, only: Chapter | None = None) -> Path:
     """Build the site; a failed build leaves the last good one in place."""
     out = book.root / "out"
-    staged, fresh, old, html = out / "site-src", out / "html.new", out / "html.old", out / "html"
-    stage(book, staged)
+    html = out / ("chapter" if only else "html")
+    staged, fresh, old = out / "site-src", out / f"{html.name}.new", out / f"{html.name}.old"
+    stage(book, staged, with_gaps, only)
     for folder in (fresh, old, out / "doctrees"):
         shutil.rmtree(folder, ignore_errors=True)  # Sphinx keeps pages that no longer exist
     options = [
@@ -132,27 +143,44 @@ def build(book: Book) -> Path:
     for chapter in book.chapters:
         if notebooks.is_fresh(book, chapter):  # offer the notebook itself for download, not its staged form
             shutil.copy(notebooks.published(book, chapter), fresh / "_sources" / f"{chapter.slug}.ipynb")
+    if with_gaps:
+        (fresh / INCOMPLETE).touch()
     if html.exists():
         html.rename(old)
     fresh.rename(html)
     shutil.rmtree(old, ignore_errors=True)
-    return html / "index.html"
+    return html / (f"{only.slug}.html" if only else "index.html")
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.site", description="Build the site.")
+    parser.add_argument("--only", metavar="NN", help="one chapter, to out/chapter")
+    parser.add_argument("--after-failure", action="store_true", help="mark what failed, unless a whole site is there")
+    asked = parser.parse_args(arguments)
     try:
         book = manifest.load()
-        index = build(book)
+        only = book.find(asked.only) if asked.only else None
+        html = book.root / "out" / "html"
+        if asked.after_failure and html.exists() and not (html / INCOMPLETE).exists():
+            print(f"The last good notebooks and site are untouched:  {(html / 'index.html').as_uri()}")
+            return 0
+        index = build(book, with_gaps=asked.after_failure or only is not None, only=only)
     except (manifest.ManifestError, source.ChapterError, SiteError) as error:
         print(f"{error}\nThe site was not built; the last good one, if any, is untouched.", file=sys.stderr)
         return 1
     for note in manifest.left_out(book):
         print(note)
-    print(f"\nThe book:  {index}")
-    print("To search it, serve it:  python3 -m http.server -d out/html 8000, then open http://localhost:8000")
-    print("Executed notebooks:  out/notebooks")
+    if only:
+        print(f"\nThe page:  {index.as_uri()}\nAll chapters:  make book")
+        return 0
+    if asked.after_failure:
+        for chapter in book.chapters:
+            if not notebooks.is_fresh(book, chapter):
+                print(f"{chapter.name}: {notebooks.failure(book, chapter) or 'not executed'}")
+        print("The site has these pages without results, and says so on each.")
+    print(f"\nThe book:  {index.as_uri()}\nTo search it:  make serve\nExecuted notebooks:  out/notebooks")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -1,6 +1,9 @@
 """environment.yml gives conda users what pyproject.toml gives pip users; the pins install where the book says so."""
 
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
 from fnmatch import fnmatchcase
 from importlib import metadata
@@ -153,3 +156,22 @@ def test_setup_shows_what_it_does():
     assert "--constraint constraints.txt" in install
     assert not {"-q", "--quiet"} & set(install.split())
     assert not install.lstrip().startswith("@")
+
+
+@pytest.mark.parametrize(
+    ("choice", "index"),
+    [("cpu", "--extra-index-url https://download.pytorch.org/whl/cpu"), ("cuda", None),
+     ("cu126", "--extra-index-url https://download.pytorch.org/whl/cu126")],
+)  # fmt: skip
+def test_the_build_of_torch_is_the_readers_choice(tmp_path, choice, index):
+    """Only torch is asked of PyTorch's index: where it cannot be reached, nothing else waits for it."""
+    (tmp_path / "tools").mkdir()
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "tools/jupyterlab-overrides.json"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    command = ["make", "--dry-run", "setup", f"TORCH={choice}", f"PYTHON={sys.executable}"]
+    report = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    torch, rest = re.findall(r"pip install [^&|]+", report.stdout)
+    assert "--no-deps torch" in torch
+    assert (index in torch) if index else ("index-url" not in torch)
+    assert "--editable '.[dev]'" in rest
+    assert "index-url" not in rest
