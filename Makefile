@@ -18,7 +18,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 PIP = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test frameworks book chapter chapters budgets site serve lab student bench bench-full gpu lint format lock clean
+.PHONY: help setup test frameworks book chapter chapters budgets site serve pages axe lab student bench bench-full gpu lint format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,7 +51,7 @@ book: setup ## execute what changed and build the site, out/html/index.html
 
 chapter: setup ## execute one chapter and build its page alone, out/chapter: make chapter N=02
 	@[ -n '$(N)' ] || { echo "Which chapter? For instance: make chapter N=02"; exit 1; }
-	@file=$$($(BIN)/python -m tools.manifest '$(N)') && $(RUN_CHAPTERS) $$file; ran=$$?; \
+	@file=$$($(BIN)/python -m tools.manifest '$(N)') || exit 1; $(RUN_CHAPTERS) $$file; ran=$$?; \
 	$(BIN)/python -m tools.site --only '$(N)' && exit $$ran
 
 chapters: setup ## execute the chapters that changed, out/notebooks
@@ -67,6 +67,12 @@ site: setup ## build the site from the executed notebooks
 serve: setup ## serve the site at http://localhost:8000, where its search works (PORT=8000)
 	@echo "http://localhost:$(PORT)   (Ctrl-C ends it)"
 	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory out/html $(PORT)
+
+pages: site ## try the site in Chromium: nothing cut at 1280 and 400 pixels; axe-core's rules if `make axe` was here
+	SITE=out/html $(BIN)/python -m pytest -q -rs tests/book/test_pages.py
+
+axe: ## fetch axe-core with npm, for `make pages`
+	npm install --silent --no-audit --no-fund --prefix out/axe axe-core@4.14.1
 
 # A backend that the shell names for all of matplotlib would take the pictures away.
 lab: setup ## open JupyterLab; the chapters open as notebooks

@@ -1,5 +1,6 @@
 """Sphinx settings of the book; titles and numbers come from book.toml."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -19,6 +20,8 @@ language = BOOK.language
 
 extensions = [
     "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
     "sphinx.ext.mathjax",
     "sphinx-mathjax-offline",
     "sphinx_exercise",
@@ -35,6 +38,9 @@ nb_code_prompt_show = "Show the code"
 nb_code_prompt_hide = "Hide the code"
 exercise_style = "solution_follow_exercise"  # the title of a solution opens it instead of linking to its exercise
 myst_enable_extensions = ["amsmath", "attrs_inline", "colon_fence", "deflist", "dollarmath"]
+mathjax3_config = {"options": {"enableMenu": False}}  # its menu makes a tab stop of each of thousands of formulas
+autodoc_typehints = "description"
+nitpick_ignore_regex = [("py:.*", ".*")]  # types of Python and torch, whose pages are not at hand without a network
 bibtex_bibfiles = [str(BOOK.src / "references.bib")]
 bibtex_reference_style = "author_year"
 
@@ -52,6 +58,8 @@ html_favicon = "_static/favicon.svg"
 html_context = {"default_mode": "auto"}
 html_static_path = ["_static"]
 html_css_files = ["book.css"]
+html_js_files = [("book.js", {"defer": "defer"})]
+html_search_scorer = str(Path(__file__).with_name("scorer.js"))
 html_theme_options = {
     "navbar_persistent": [],  # the sidebar has a search field already
     "search_bar_text": "Search the book",
@@ -83,5 +91,14 @@ def number_by_slug(app, env):
     return TocTreeCollector().assign_figure_numbers(env)
 
 
+def as_rst(app, what, name, obj, options, lines):
+    """Docstrings are written as Markdown is: an indented paragraph is code, as is what stands in single backticks."""
+    text = "\n".join(lines)
+    text = re.sub(r"(^|(?<=\n\n))( {4}.+)", r".. code-block:: python\n\n\2", text)
+    lines[:] = re.sub(r"(?<!`)`([^`]+)`(?!`)", r"``\1``", text).split("\n")
+
+
 def setup(app):
+    app.set_html_assets_policy("always")  # the list of chapters has formulas, on pages without any as well
+    app.connect("autodoc-process-docstring", as_rst, priority=400)  # before Google's sections are read
     app.connect("env-get-updated", number_by_slug, priority=600)  # after Sphinx's own collector, at 500

@@ -17,7 +17,7 @@ import nbformat
 from nbformat import NotebookNode
 from sphinx.cmd.build import build_main
 
-from tools import exercises, gaps, ledger, manifest, notebooks, source
+from tools import exercises, gaps, ledger, manifest, notebooks, source, tidy, toggles
 from tools.manifest import Book, Chapter
 
 EXERCISE_END = re.compile(r"^:{3,}\{exercise-end\}", re.MULTILINE)
@@ -42,10 +42,17 @@ def stage(book: Book, target: Path, with_gaps: bool = False, only: Chapter | Non
             note += gaps.among(book, chapter)
         nbformat.write(_page(book, chapter, page, note, entries.checks), target / f"{chapter.slug}.ipynb")
     shutil.copytree(book.root / "site" / "_static", target / "_static")  # pictures of the home page
+    for page in _own_pages(book):
+        shutil.copy(page, target)
     (target / "ledger.md").write_text(ledger.page(book.root, entries), encoding="utf-8")
     (target / "bibliography.md").write_text("# Bibliography\n\n```{bibliography}\n```\n", encoding="utf-8")
     home = (book.src / manifest.HOME_PAGE).read_text(encoding="utf-8")
     (target / manifest.HOME_PAGE).write_text("\n\n".join([home.rstrip(), *_toctrees(book)]) + "\n", encoding="utf-8")
+
+
+def _own_pages(book: Book) -> list[Path]:
+    """Pages that are neither chapters nor generated: how to use the optimizer, its reference."""
+    return sorted((book.root / "site" / "pages").glob("*.md"), reverse=True)
 
 
 def _toctrees(book: Book) -> list[str]:
@@ -54,6 +61,8 @@ def _toctrees(book: Book) -> list[str]:
     if parts[-1][2]:
         parts.append(("Appendices", [], False))
     parts[-1][1].extend(["ledger", "bibliography"])
+    if own := [page.stem for page in _own_pages(book)]:
+        parts.insert(len(parts) - 1, ("The optimizer", own, False))
     return [
         "\n".join(
             [
@@ -84,7 +93,9 @@ def _page(
 ) -> NotebookNode:
     """The notebook of a chapter as the site shows it: stubs in the tasks, targets before the checks."""
     targets = {check.number: ledger.anchor(check) for check in checks if check.chapter == chapter}
-    stubs = {exercise.label: exercise.stub for exercise in exercises.collect(chapter, page)[0]}
+    tasks = exercises.collect(chapter, page)[0]
+    stubs = {exercise.label: exercise.stub for exercise in tasks}
+    toggles.name(chapter, page, {f"{exercise.label}-check": exercise.title for exercise in tasks})
     cells, number = [], 0
     for cell in page.cells:
         if cell.cell_type == "markdown":
@@ -126,20 +137,11 @@ def build(book: Book, with_gaps: bool = False, only: Chapter | None = None) -> P
     stage(book, staged, with_gaps, only)
     for folder in (fresh, old, out / "doctrees"):
         shutil.rmtree(folder, ignore_errors=True)  # Sphinx keeps pages that no longer exist
-    options = [
-        "-q",
-        "-W",
-        "--keep-going",
-        "-n",
-        "-b",
-        "html",
-        "-c",
-        str(book.root / "site"),
-        "-d",
-        str(out / "doctrees"),
-    ]
-    if build_main([*options, str(staged), str(fresh)]) != 0:
+    options = ["-q", "-W", "--keep-going", "-n", "-b", "html"]
+    places = ["-c", str(book.root / "site"), "-d", str(out / "doctrees"), str(staged), str(fresh)]
+    if build_main([*options, *places]) != 0:
         raise SiteError("Sphinx failed, see above")
+    tidy.tidy_folder(fresh)
     for chapter in book.chapters:
         if notebooks.is_fresh(book, chapter):  # offer the notebook itself for download, not its staged form
             shutil.copy(notebooks.published(book, chapter), fresh / "_sources" / f"{chapter.slug}.ipynb")
