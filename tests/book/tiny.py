@@ -139,7 +139,8 @@ def write(root: Path, *chapters: tuple[str, str, str], **more: dict[str, object]
 def install_tools(root: Path) -> Path:
     """Give a tiny book the real machinery and a package of its own, so that it stands alone."""
     for folder in ("tools", "site"):
-        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        # The pages about the optimizer need the README and the whole package.
+        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__", "pages"))
     shutil.copy(ROOT / "conftest.py", root)
     (root / "pytest.ini").write_text("[pytest]\npythonpath = .\n", encoding="utf-8")
     source = 'def kron_matvec(A, G, V):\n    """The room."""\n    return G @ V @ A.mT\n'
