@@ -74,9 +74,12 @@ pages: site ## try the site in Chromium: nothing cut at 1280 and 400 pixels; axe
 axe: ## fetch axe-core with npm, for `make pages`
 	npm install --silent --no-audit --no-fund --prefix out/axe axe-core@4.14.1
 
+# Jupyter refuses to run as root unless it is told that this is meant, as in every container.
+ROOT_FLAG := $(if $(filter 0,$(shell id -u)),--allow-root)
+
 # A backend that the shell names for all of matplotlib would take the pictures away.
-lab: setup ## open JupyterLab; the chapters open as notebooks
-	MPLBACKEND= $(BIN)/jupyter lab chapters
+lab: setup ## open JupyterLab; the chapters open as notebooks. Further flags: LAB=--no-browser
+	MPLBACKEND= PYTHONPATH=$(CURDIR) $(BIN)/jupyter lab --config=tools/lab.py $(ROOT_FLAG) $(LAB) chapters
 
 student: setup ## notebooks without solutions, out/student; the course they belong to, out/course
 	$(BIN)/python -m tools.student
