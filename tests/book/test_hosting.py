@@ -16,7 +16,8 @@ def targets():
 
 
 def made(text):
-    return set(re.findall(r"\bmake ([a-z-]+)", text))
+    """Targets in commands: at the start of a line or of a piece of code, not in prose."""
+    return set(re.findall(r"(?:^|`|\")make ([a-z-]+)", text, re.MULTILINE))
 
 
 def test_the_workflow_runs_what_a_reader_runs():
