@@ -15,7 +15,7 @@ REPAIRS = (
     # A list whose children are no items; the role of an entry is deprecated.
     (re.compile(r'(<div[^>]*) role="(?:list|doc-biblioentry)"'), r"\1"),
     # The corner of a table heads nothing.
-    (re.compile(r"<th(?: class=\"[^\"]*\")?>\s*(?:<p>\s*</p>)?\s*</th>"), "<td></td>"),
+    (re.compile(r"<th(?: class=\"[^\"]*\")?>(?:&nbsp;)?\s*(?:<p>\s*</p>)?\s*</th>"), "<td></td>"),
     # The column with the book's name and its list of chapters lay outside every landmark.
     (re.compile(r'<div id="pst-primary-sidebar"'), '<div role="region" aria-label="The book" id="pst-primary-sidebar"'),
 )
