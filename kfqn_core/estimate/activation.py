@@ -60,8 +60,20 @@ class Activation(Protocol):
     def average(self, statistics: Statistics, where: Tensor = EVERYWHERE) -> None:
         """Learn from a mini-batch in whose step curvature is not updated, if `every_step`."""
 
-    def update(self, statistics: Statistics, where: Tensor = EVERYWHERE, decay: float = DECAY) -> None:
-        """One update, where `where` holds and the result is finite; `decay` weighs the past of a running form."""
+    def update(
+        self, statistics: Statistics, where: Tensor = EVERYWHERE, decay: float = DECAY, probe: Tensor | None = None
+    ) -> None:
+        """One update, where `where` holds and the result is finite.
+
+        Args:
+            statistics: of a mini-batch.
+            where: bool, `[B]` or one for all.
+            decay: weight of the past in a running form.
+            probe: what `probe` gives, if that is known already.
+        """
+
+    def probe(self, statistics: Statistics) -> Tensor | None:
+        """Along what an update asks for the action of `A`, `[B, d_in]` or `[B, d_in, k]`; None if it does not."""
 
     def precondition(self, M: Columns, *, out: Tensor | None = None) -> Tensor:
         """`M H_a`, `[B, d_out, d_in]`, written to `out` if it is given."""
@@ -150,22 +162,27 @@ class ActivationFactor:
         A = statistics.second_moment().to(self.A.dtype)
         self.A.lerp_(torch.where(where.reshape(-1, 1, 1), A, self.A), 1.0 - self.decay)
 
-    def probe(self, statistics: Statistics) -> Tensor:
-        """`s = H_a abar`, `[B, d_in]`: along it the update asks for the action of `A`."""
+    def probe(self, statistics: Statistics) -> Tensor | None:
+        """`s = H_a abar`, `[B, d_in]`; None where the action is that of the running `A`."""
+        return self._step(statistics) if self.A is None else None
+
+    def _step(self, statistics: Statistics) -> Tensor:
         return times(self.inverse.H, statistics.mean_input().to(self.inverse.H.dtype))
 
     def pair(self, statistics: Statistics, s: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """`s = H_a abar`, `y = (A + lambda_A I) s` and abar, `[B, d_in]` each; `s` if it is not known yet."""
         H = self.inverse.H
         a_mean = statistics.mean_input().to(H.dtype)
-        s = times(H, a_mean) if s is None else s
+        s = self._step(statistics) if s is None else s
         action = statistics.activation_action(s).to(H.dtype) if self.A is None else times(self.A, s)
         damped = action + self.damping * s if isinstance(self.damping, Tensor) else action.add(s, alpha=self.damping)
         return s, damped, a_mean
 
-    def update(self, statistics: Statistics, where: Tensor = EVERYWHERE, decay: float = DECAY) -> None:
+    def update(
+        self, statistics: Statistics, where: Tensor = EVERYWHERE, decay: float = DECAY, probe: Tensor | None = None
+    ) -> None:
         """One BFGS update with `pair`, where `where` `[B]` holds and the pair is `acceptable`."""
-        update_together([self], [statistics], [where])
+        update_together([self], [statistics], [where], [probe])
 
 
 def towards_diagonal(A: Tensor, vectors: float | Tensor) -> Tensor:
@@ -202,7 +219,7 @@ def update_together(
             inverses.append(factor.inverse)
             keep.append(own.expand(len(factor.H)))
         else:
-            factor.update(batch, own)
+            factor.update(batch, own, probe=s)
     append_together(inverses, pairs, keep)
 
 
@@ -213,7 +230,12 @@ class ExactActivationFactor(ActivationFactor):
     found to train better.
     """
 
-    def update(self, statistics: Statistics, where: Tensor = EVERYWHERE, decay: float = DECAY) -> None:
+    def probe(self, statistics: Statistics) -> None:
+        """It asks for `A` as a whole."""
+
+    def update(
+        self, statistics: Statistics, where: Tensor = EVERYWHERE, decay: float = DECAY, probe: Tensor | None = None
+    ) -> None:
         """Invert, where `where` holds and the result is finite."""
         H = self.inverse.H
         A = statistics.second_moment().to(H.dtype) if self.A is None else self.A
@@ -263,7 +285,12 @@ class DiagonalActivationFactor:
     def average(self, statistics: Statistics, where: Tensor = EVERYWHERE) -> None:
         """Nothing: it learns when curvature is updated."""
 
-    def update(self, statistics: Statistics, where: Tensor = EVERYWHERE, decay: float = DECAY) -> None:
+    def probe(self, statistics: Statistics) -> None:
+        """It asks for the diagonal alone."""
+
+    def update(
+        self, statistics: Statistics, where: Tensor = EVERYWHERE, decay: float = DECAY, probe: Tensor | None = None
+    ) -> None:
         """`d <- decay d + (1 - decay) d_batch`."""
         self._take(statistics.diagonal(), where, decay)
 

@@ -102,9 +102,11 @@ class LowRankActivationFactor:
     def average(self, statistics: Statistics, where: Tensor = EVERYWHERE) -> None:
         """Nothing: it learns when curvature is updated."""
 
-    def update(self, statistics: Statistics, where: Tensor = EVERYWHERE, decay: float = DECAY) -> None:
-        """One subspace iteration on the running `A`, where `where` holds and the result is finite."""
-        Q = self._basis()
+    def update(
+        self, statistics: Statistics, where: Tensor = EVERYWHERE, decay: float = DECAY, probe: Tensor | None = None
+    ) -> None:  # fmt: skip
+        """One subspace iteration on the running `A`, where `where` holds and the result is finite; `probe` if known."""
+        Q = self.probe(statistics) if probe is None else probe
         past = self.F @ (self.F.mT @ Q)  # [B, d_in, rank]
         F = nystroem(Q, past.lerp(statistics.activation_action(Q).to(past.dtype), 1.0 - decay))
         self._take(F, statistics.diagonal(), where, decay)
@@ -124,8 +126,9 @@ class LowRankActivationFactor:
         joined = Columns(M.joined(), None)
         return joined.scaled(self.e, out=out).baddbmm_(joined.times(self.B), self.B.mT, alpha=-1)
 
-    def _basis(self) -> Tensor:
-        """An orthonormal basis of the columns of `F`, completed by waves where `F` has fewer than `rank` directions.
+    def probe(self, statistics: Statistics) -> Tensor:
+        """Along what an update asks for the action of `A`, `[groups, d_in, rank]`: an orthonormal basis of the columns
+        of `F`, completed by waves where `F` has fewer than `rank` directions. The mini-batch has no part in it.
 
         Inputs may have had no part yet in as many directions. Without the waves rounding errors would choose new ones.
         """

@@ -170,8 +170,8 @@ class KFQN(torch.optim.Optimizer):
         """One step. Returns the closure's loss at the point before it, or None without a closure.
 
         Raises:
-            RuntimeError: before anything moved: if `pairs="second_pass"` and no closure is given; if no layer was ever
-                seen in a forward; if a gradient is sparse; or if other processes may train this model and none said so.
+            RuntimeError: before anything moved: without a closure if `pairs="second_pass"`; if no layer was ever seen
+                in a forward; if a gradient is sparse; or if nobody said whether other processes train this model.
         """
         refresh = refreshes(self._steps, self._options.refresh)
         loss = self._pairs.evaluate(closure, refresh)

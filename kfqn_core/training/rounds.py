@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor
 
 from kfqn_core.estimate.activation import Activation, ActivationFactor, ExactActivationFactor, update_together
-from kfqn_core.estimate.low_rank import LowRankActivationFactor
 from kfqn_core.estimate.shared import AnyBatch, SharedBatch, share
 from kfqn_core.estimate.statistics import Record
 from kfqn_core.parallel.ranks import Ranks
@@ -84,7 +83,7 @@ def second_round(ranks: Ranks, batches: Batches, pairs: Iterable[AnyBatch]) -> d
     if ranks.alone:
         return probes
     for group, batch in batches.items():
-        v = _probe(group.activation, batch)
+        v = group.activation.probe(batch)
         if v is not None and isinstance(batch, SharedBatch):
             batch.want(along=v)
             probes[group] = v
@@ -107,7 +106,7 @@ def update(batches: Batches, finite: Tensor, probes: Mapping[Group, Tensor] | No
     for groups in alike.values():
         update_together(
             [group.activation for group in groups],
-            [_answered(group, batches[group], probes.get(group)) for group in groups],
+            [batches[group] for group in groups],
             [group.updating(batches[group], finite) for group in groups],
             [probes.get(group) for group in groups],
         )
@@ -115,29 +114,3 @@ def update(batches: Batches, finite: Tensor, probes: Mapping[Group, Tensor] | No
 
 def _shared(batches: Iterable[AnyBatch]) -> list[SharedBatch]:
     return [batch for batch in batches if isinstance(batch, SharedBatch)]
-
-
-def _probe(factor: Activation, batch: AnyBatch) -> Tensor | None:
-    """Along what an update will ask for the action of `A`, if it does."""
-    if isinstance(factor, LowRankActivationFactor):
-        return factor._basis()
-    if type(factor) is ActivationFactor and factor.A is None:
-        return factor.probe(batch)
-    return None
-
-
-class _AlongBasis(SharedBatch):
-    """A batch as a low-rank update asks it: the basis, which the update computes anew, is the one that was sent."""
-
-    def __init__(self, batch: SharedBatch, basis: Tensor):
-        vars(self).update(vars(batch))
-        self._basis = basis
-
-    def activation_action(self, v: Tensor) -> Tensor:
-        """`A v` for the basis."""
-        return super().activation_action(self._basis)
-
-
-def _answered(group: Group, batch: AnyBatch, probe: Tensor | None) -> AnyBatch:
-    low_rank = probe is not None and isinstance(group.activation, LowRankActivationFactor)
-    return _AlongBasis(batch, probe) if low_rank and isinstance(batch, SharedBatch) and probe is not None else batch

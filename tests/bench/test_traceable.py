@@ -36,7 +36,7 @@ def test_every_number_of_readmes_section_is_in_its_table_or_in_the_protocol():
     section = readme.README.read_text(encoding="utf-8").partition("## Does it win?")[2].partition("\n## ")[0]
     before, _, rest = section.partition(readme.BEGIN)
     prose = before + rest.partition(readme.END)[2]
-    prose = re.sub(r"\]\([^)]*\)|\bP\d\b", "", prose)  # addresses, names of problems
+    prose = re.sub(r"\]\([^)]*\)|\bP\d+\b", "", prose)  # addresses, names of problems
     # learning rate, coverage, widths of the inputs, variants tried, the seed of tuning, and a chapter's number
     allowed = {str(METHODS["kfqn"].default_lr), "95", "784", "64", "0", "13"}
     assert set(re.findall(r"\d+(?:\.\d+)?", prose)) <= allowed
@@ -53,7 +53,7 @@ def test_the_chapter_types_no_result():
     prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     sections = {part.partition("\n")[0]: part for part in re.split(r"^## ", prose, flags=re.MULTILINE)}
     for title in RESULTS_SECTIONS:
-        text = re.sub(r"\$[^$]*\$|`[^`]*`|\{\w+\}`[^`]*`|\bP\d\b", "", sections[title])
+        text = re.sub(r"\$[^$]*\$|`[^`]*`|\{\w+\}`[^`]*`|\bP\d+\b", "", sections[title])
         found = re.findall(r"\d+\.\d+|\d+ ?%|\d+ (?:per ?cent|times)", text)
         assert found == [], f"{title}: typed numbers {found}; let a cell print them"
 
