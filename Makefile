@@ -18,7 +18,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 PIP = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test frameworks book chapter chapters budgets site serve pages axe lab student bench bench-full gpu lint format lock clean
+.PHONY: help setup test frameworks book chapter chapters budgets site serve pages axe lab course grade formgrader bench bench-full gpu lint format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -81,8 +81,16 @@ ROOT_FLAG := $(if $(filter 0,$(shell id -u)),--allow-root)
 lab: setup ## open JupyterLab; the chapters open as notebooks. Further flags: LAB=--no-browser
 	MPLBACKEND= PYTHONPATH=$(CURDIR) $(BIN)/jupyter lab --config=tools/lab.py $(ROOT_FLAG) $(LAB) chapters
 
-student: setup ## notebooks without solutions, out/student; the course they belong to, out/course
-	$(BIN)/python -m tools.student
+COURSE ?= course
+RUN_COURSE = $(BIN)/python -m tools.course --course "$(COURSE)" $(if $(FORCE),--force)
+course: setup ## exercises to hand out, COURSE=course/release; CHAPTERS="01 02" for some, FORCE=1 changes what was handed in
+	$(RUN_COURSE) release $(CHAPTERS)
+
+grade: setup ## grade what lies in COURSE=course/submitted/STUDENT/CHAPTER, and write feedback; CHAPTERS="01" for some
+	$(RUN_COURSE) grade $(CHAPTERS)
+
+formgrader: setup ## mark written answers in nbgrader's formgrader
+	$(RUN_COURSE) formgrader
 
 FRAMEWORKS ?= $(BIN)/python
 frameworks: setup ## other people's models and trainers (transformers, Lightning, ...), those that FRAMEWORKS=python has
@@ -124,10 +132,6 @@ format: setup ## the code as ruff, the chapters as JupyterLab would save them
 lock: setup ## write the versions of .venv to constraints.txt
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt
 
-# out/course holds grades and answers that nobody can build again, out/student the release they belong to.
-clean: ## remove what was built, keep .venv and a course (out/course, out/student)
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	@if [ -d out ]; then find out -mindepth 1 -maxdepth 1 ! -name course ! -name student -exec rm -rf {} +; fi
-	@if [ -e out/course ] || [ -e out/student ]; then \
-	  echo "Kept out/course and out/student: grades and answers cannot be built again. Remove them by hand."; \
-	elif [ -d out ]; then rmdir out; fi
+clean: ## remove what was built, keep .venv and the course: nobody can build answers and grades again
+	@if [ -e out/course ]; then echo "out/course holds grades and answers of an earlier version: move it away first."; exit 1; fi
+	rm -rf out .pytest_cache .mypy_cache .ruff_cache .hypothesis

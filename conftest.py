@@ -18,6 +18,7 @@ OPTIONAL = {
     *("sklearn", "scipy", "pandas", "matplotlib", "cycler", "tqdm", "IPython", "pytorch_optimizer", "opt_einsum"),
     *("jupytext", "nbformat", "nbclient", "nbconvert", "nbgrader", "nbmake", "sphinx", "docutils"),
     *("traitlets", "websocket"),
+    *("pybtex", "sqlalchemy"),
 }
 
 

@@ -37,6 +37,7 @@ class Chapter:
     requires: tuple[str, ...]
     budget_s: int  # seconds the whole chapter should take on two quiet CPU cores; more is a warning
     timeout_s: int  # seconds after which one cell is stopped: it hangs
+    grading_s: int  # seconds after which one cell of a student's answers is stopped
     device: str
     path: Path
 
@@ -164,7 +165,7 @@ def read(root: Path = ROOT) -> Book:
     src = root / book.take_text("src")
     book.close()
 
-    budget_s, timeout_s = defaults.take_seconds("budget_s"), defaults.take_seconds("timeout_s")
+    budget_s, timeout_s, grading_s = (defaults.take_seconds(key) for key in ("budget_s", "timeout_s", "grading_s"))
     device, kernel = defaults.take_choice("device", DEVICES), defaults.take_text("kernel")
     defaults.close()
 
@@ -183,6 +184,7 @@ def read(root: Path = ROOT) -> Book:
             requires=table.take_texts("requires", []),
             budget_s=table.take_seconds("budget_s", budget_s),
             timeout_s=table.take_seconds("timeout_s", timeout_s),
+            grading_s=table.take_seconds("grading_s", grading_s),
             device=table.take_choice("device", DEVICES, device),
             path=src / f"{slug}.md",
         )

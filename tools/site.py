@@ -93,16 +93,15 @@ def _page(
 ) -> NotebookNode:
     """The notebook of a chapter as the site shows it: stubs in the tasks, targets before the checks."""
     targets = {check.number: ledger.anchor(check) for check in checks if check.chapter == chapter}
-    tasks = exercises.collect(chapter, page)[0]
-    stubs = {exercise.label: exercise.stub for exercise in tasks}
-    toggles.name(chapter, page, {f"{exercise.label}-check": exercise.title for exercise in tasks})
+    tasks = {exercise.label: exercise for exercise in exercises.collect(chapter, page)[0]}
+    toggles.name(chapter, page, {f"{label}-check": exercise.title for label, exercise in tasks.items()})
     cells, number = [], 0
     for cell in page.cells:
         if cell.cell_type == "markdown":
-            cell.source = _with_stubs(cell.source, stubs)
+            cell.source = _with_stubs(cell.source, tasks)
         elif cell.cell_type == "code":
             number += 1
-            cell.source = SOLUTION_MARK.sub("", cell.source)
+            cell.source = exercises.visible(SOLUTION_MARK.sub("", cell.source))
             if number in targets:
                 cells.append(nbformat.v4.new_markdown_cell(f"({targets[number]})="))
         cells.append(cell)
@@ -119,12 +118,13 @@ def _requirements(book: Book, chapter: Chapter) -> str:
     return "*Builds on* " + ", ".join(f"{{doc}}`{slug}`" for slug in chapter.requires) + ".\n\n"
 
 
-def _with_stubs(text: str, stubs: dict[str, str]) -> str:
-    """Append to every task the code that a student starts from."""
+def _with_stubs(text: str, tasks: dict[str, exercises.Exercise]) -> str:
+    """Append to every task what it is worth, and the code that a student starts from."""
     done, end = "", 0
     for gate in EXERCISE_END.finditer(text):
         label = source.LABEL.findall(text[end : gate.start()])[-1]
-        done += f"{text[end : gate.start()]}```python\n{stubs[label].strip()}\n```\n"
+        task = tasks[label]
+        done += f"{text[end : gate.start()]}\n*{task.facts}*\n\n```python\n{task.stub.strip()}\n```\n"
         end = gate.start()
     return done + text[end:]
 

@@ -1,5 +1,6 @@
 """A course that has started keeps its grades, its answers, its points and its last release."""
 
+import os
 import shutil
 import sqlite3
 import subprocess
@@ -10,15 +11,24 @@ import pytest
 from nbgrader.api import Gradebook
 
 from tests.book import tiny
-from tools import manifest, student
+from tools import course, manifest, marking, release
 from tools.manifest import ROOT
 from tools.source import ChapterError
 
 SECOND = tiny.EXERCISE.replace("ex-twice", "ex-again")
 
 
+@pytest.fixture(autouse=True)
+def path_to_jupyter(monkeypatch):
+    monkeypatch.setenv("PATH", os.pathsep.join([str(ROOT / ".venv" / "bin"), os.environ["PATH"]]))
+
+
 def book(root, one, *two):
     return manifest.load(tiny.write(root, ("01-one", "One", one), *(("02-two", "Two", text) for text in two)))
+
+
+def publish(made, *names, force=False):
+    return release.run(made, made.root / "course", course.choose(made, list(names)), force)
 
 
 def contents(folder):
@@ -34,24 +44,30 @@ def contents(folder):
 
 
 def hand_in(root, chapter="01-one"):
-    target = root / "out" / "course" / "submitted" / "ann" / chapter
+    target = root / "course" / "submitted" / "ann" / chapter
     target.mkdir(parents=True)
-    shutil.copy(root / "out" / "student" / chapter / f"{chapter}.ipynb", target)
+    shutil.copy(root / "course" / "release" / chapter / f"{chapter}.ipynb", target)
 
 
 def record_a_submission(root):
     """As after grading, with the folder of answers moved elsewhere."""
-    with closing(sqlite3.connect(root / "out" / "course" / "gradebook.db")) as gradebook, gradebook:
+    with closing(sqlite3.connect(root / "course" / "gradebook.db")) as gradebook, gradebook:
         ((assignment,),) = gradebook.execute("SELECT id FROM assignment WHERE name = '01-one'")
         gradebook.execute("INSERT INTO student (id, lms_user_id) VALUES ('ann', '')")
         gradebook.execute("INSERT INTO submitted_assignment (id, assignment_id, student_id) VALUES ('1', ?, 'ann')",
                           [assignment])  # fmt: skip
 
 
+def points_of(root, chapter):
+    with Gradebook(f"sqlite:///{root / 'course' / 'gradebook.db'}") as gradebook:
+        return gradebook.find_assignment(chapter).max_score
+
+
 @pytest.fixture(scope="module")
 def master(tmp_path_factory):
     root = tmp_path_factory.mktemp("master")
-    student.build(book(root, tiny.EXERCISE, SECOND))
+    os.environ["PATH"] = os.pathsep.join([str(ROOT / ".venv" / "bin"), os.environ["PATH"]])
+    assert publish(book(root, tiny.EXERCISE, SECOND)) == 0
     return root
 
 
@@ -61,121 +77,154 @@ def released(master, tmp_path):
 
 
 CHANGES = {
-    "points": (
-        tiny.EXERCISE.replace("points: 2", "points: 5"), SECOND, "01-one, ex-twice: 2 points before, 5 points now"
-    ),
-    "points of a chapter that nobody handed in": (
-        tiny.EXERCISE, SECOND.replace("points: 2", "points: 1"), "02-two, ex-again: 2 points before, 1 points now"
-    ),
+    "points": (tiny.EXERCISE.replace("points: 2", "points: 5"), ["ex-twice: 2 points before, 5 points now."]),
     "a new name": (
-        tiny.EXERCISE.replace("ex-twice", "ex-double"), SECOND, "01-one, ex-double: not there before, 2 points now"
+        tiny.EXERCISE.replace("ex-twice", "ex-double"),
+        ["ex-double: not there before, 2 points now.", "ex-twice: 2 points before, not there now."],
     ),
     "one more": (
-        tiny.EXERCISE + tiny.EXERCISE.replace("ex-twice", "ex-third"), SECOND,
-        "01-one, ex-third: not there before, 2 points now",
+        tiny.EXERCISE + tiny.EXERCISE.replace("ex-twice", "ex-third"),
+        ["ex-third: not there before, 2 points now."],
     ),
-}  # fmt: skip
+    "other words": (
+        tiny.EXERCISE.replace("Double a number.", "Double any number."),
+        ["ex-twice: another text, solution or grader, for the same 2 points."],
+    ),
+    "a written answer": (
+        tiny.EXERCISE.replace("An explanation for those who opened it.", tiny.RUBRIC),
+        ["ex-twice: 2 points before, 5 points now."],
+    ),
+}
 
 
-@pytest.mark.parametrize(("one", "two", "message"), CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize(("one", "sentences"), CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("start", [hand_in, record_a_submission])
-def test_a_course_that_has_started_keeps_its_points(released, start, one, two, message):
+def test_a_chapter_that_was_handed_in_stays_as_it_is(released, capsys, start, one, sentences):
     start(released)
-    before = contents(released / "out")
-    with pytest.raises(student.CourseError, match=r"(?s)^This course has started.*Nothing was changed") as caught:
-        student.build(book(released, one, two))
-    assert message in str(caught.value).splitlines()
-    assert contents(released / "out") == before
+    before = contents(released / "course" / "source" / "01-one"), contents(released / "course" / "release" / "01-one")
+    assert publish(book(released, one, SECOND)) == 1
+    said = capsys.readouterr().out
+    assert "01-one: kept as it is, one student has handed it in." in said
+    assert [line.strip() for line in said.splitlines() if line.startswith("  ex-")] == sentences
+    assert "FORCE=1" in said
+    now = contents(released / "course" / "source" / "01-one"), contents(released / "course" / "release" / "01-one")
+    assert now == before
+    assert points_of(released, "01-one") == 2
 
 
-def test_a_course_that_has_started_gets_new_words_and_new_chapters(tmp_path):
-    student.build(book(tmp_path, tiny.EXERCISE))
-    hand_in(tmp_path)
-    record_a_submission(tmp_path)
-    new = tiny.EXERCISE.replace("Double a number.", "Double any number.")
-    assert len(student.build(book(tmp_path, new, SECOND))) == 2
-    release = tmp_path / "out" / "student"
-    assert "Double any number." in (release / "01-one" / "01-one.ipynb").read_text()
-    assert (release / "02-two" / "02-two.ipynb").is_file()
-    assert (tmp_path / "out" / "course" / "submitted" / "ann" / "01-one" / "01-one.ipynb").is_file()
-    with Gradebook(f"sqlite:///{tmp_path / 'out' / 'course' / 'gradebook.db'}") as gradebook:
-        assert [submission.student.id for submission in gradebook.assignment_submissions("01-one")] == ["ann"]
-        assert gradebook.find_assignment("02-two").max_score == 2
+def test_the_other_chapters_are_released_all_the_same(released):
+    hand_in(released)
+    new = SECOND.replace("points: 2", "points: 3")
+    assert publish(book(released, CHANGES["points"][0], new)) == 1
+    assert (points_of(released, "01-one"), points_of(released, "02-two")) == (2, 3)
+
+
+def test_asked_to_it_changes_points_and_names_and_keeps_answers(released, capsys):
+    hand_in(released)
+    assert marking.run(book(released, tiny.EXERCISE, SECOND), released / "course", course.choose(
+        book(released, tiny.EXERCISE, SECOND), ["01"]), False) == 0  # fmt: skip
+    new = book(released, CHANGES["a new name"][0].replace("points: 2", "points: 7"), SECOND)
+    assert publish(new, force=True) == 0
+    assert points_of(released, "01-one") == 7
+    assert (released / "course" / "submitted" / "ann" / "01-one" / "01-one.ipynb").is_file()
+    assert (released / "course" / "gradebook.before-force.db").is_file()
+    capsys.readouterr()
+    assert marking.run(new, released / "course", course.choose(new, ["1"]), False) == 0
+    assert "0 of 7 points" in capsys.readouterr().out  # what was handed in answers another exercise
 
 
 def test_before_the_first_answer_points_may_change_and_are_named(released, capsys):
-    student.build(book(released, *CHANGES["points"][:2]))
-    assert "Changed since the last release: " + CHANGES["points"][2] in capsys.readouterr().err
-    with Gradebook(f"sqlite:///{released / 'out' / 'course' / 'gradebook.db'}") as gradebook:
-        assert gradebook.find_assignment("01-one").max_score == 5
+    assert publish(book(released, CHANGES["points"][0], SECOND)) == 0
+    assert "01-one: changed since the last release: " + CHANGES["points"][1][0] in capsys.readouterr().out
+    assert points_of(released, "01-one") == 5
+
+
+def test_an_unchanged_chapter_is_released_again_without_a_word(released, capsys):
+    hand_in(released)
+    record_a_submission(released)
+    assert publish(book(released, tiny.EXERCISE, SECOND)) == 0
+    assert "changed since" not in capsys.readouterr().out
+    with Gradebook(f"sqlite:///{released / 'course' / 'gradebook.db'}") as gradebook:
+        assert [submission.student.id for submission in gradebook.assignment_submissions("01-one")] == ["ann"]
+
+
+def test_one_chapter_of_two(tmp_path):
+    made = book(tmp_path, tiny.EXERCISE, SECOND)
+    assert publish(made, "02") == 0
+    assert sorted(path.name for path in (tmp_path / "course" / "release").iterdir()) == ["02-two"]
+    with pytest.raises(release.CourseError, match=r"There is no chapter '7'; there are 01, 02\."):
+        publish(made, "7")
 
 
 def test_a_release_that_fails_halfway_leaves_the_last_one(released, monkeypatch):
-    before = contents(released / "out")
-    generate = student.NbGraderAPI.generate_assignment
+    before = contents(released / "course")
+    generate = release.NbGraderAPI.generate_assignment
 
     def fail_at_the_second(self, slug, **options):
         return {"success": False, "error": "no space left"} if slug == "02-two" else generate(self, slug, **options)
 
-    monkeypatch.setattr(student.NbGraderAPI, "generate_assignment", fail_at_the_second)
+    monkeypatch.setattr(release.NbGraderAPI, "generate_assignment", fail_at_the_second)
     with pytest.raises(ChapterError, match="02-two: nbgrader: no space left"):
-        student.build(book(released, tiny.EXERCISE.replace("Double", "Treble"), SECOND))
-    assert contents(released / "out") == before
+        publish(book(released, tiny.EXERCISE.replace("Double", "Treble"), SECOND))
+    assert contents(released / "course") == before
 
 
 def test_a_gradebook_that_is_being_written_is_not_overwritten(released, monkeypatch):
-    generate = student.NbGraderAPI.generate_assignment
+    generate = release.NbGraderAPI.generate_assignment
 
     def meanwhile(self, slug, **options):
         if slug == "02-two":
             record_a_submission(released)
         return generate(self, slug, **options)
 
-    monkeypatch.setattr(student.NbGraderAPI, "generate_assignment", meanwhile)
-    with pytest.raises(student.CourseError, match=r"gradebook.db changed meanwhile; nothing was released"):
-        student.build(book(released, tiny.EXERCISE, SECOND))
-    with Gradebook(f"sqlite:///{released / 'out' / 'course' / 'gradebook.db'}") as gradebook:
+    monkeypatch.setattr(release.NbGraderAPI, "generate_assignment", meanwhile)
+    with pytest.raises(release.CourseError, match=r"gradebook.db changed meanwhile; nothing was released"):
+        publish(book(released, tiny.EXERCISE, SECOND))
+    with Gradebook(f"sqlite:///{released / 'course' / 'gradebook.db'}") as gradebook:
         assert len(gradebook.assignment_submissions("01-one")) == 1
 
 
 def test_what_else_a_teacher_keeps_in_the_course_stays(released):
-    own = released / "out" / "course" / "source" / "exam" / "exam.ipynb"
+    own = released / "course" / "source" / "exam" / "exam.ipynb"
     own.parent.mkdir()
     nbformat.write(nbformat.v4.new_notebook(), own)
-    student.build(book(released, tiny.EXERCISE, SECOND))
+    settings = released / "course" / "nbgrader_config.py"
+    settings.write_text(settings.read_text() + "c.Validator.indent = '  '\n")
+    publish(book(released, tiny.EXERCISE, SECOND))
     assert own.is_file()
-
-
-def make_clean(root):
-    shutil.copy(ROOT / "Makefile", root)
-    return subprocess.run(["make", "clean"], cwd=root, capture_output=True, text=True, check=True).stdout
+    assert settings.read_text().endswith("c.Validator.indent = '  '\n")
 
 
 def test_clean_keeps_a_course(released):
     hand_in(released)
-    for built in ("html/index.html", "notebooks/01-one.ipynb", "running/x", ".hidden/x"):
-        (released / "out" / built).parent.mkdir(parents=True, exist_ok=True)
-        (released / "out" / built).touch()
-    (released / ".pytest_cache").mkdir()
-    (released / ".venv").mkdir()
-    course, release = (contents(released / "out" / name) for name in ("course", "student"))
-    assert "Kept out/course and out/student" in make_clean(released)
-    assert sorted(path.name for path in (released / "out").iterdir()) == ["course", "student"]
-    assert (contents(released / "out" / "course"), contents(released / "out" / "student")) == (course, release)
-    assert not (released / ".pytest_cache").exists()
-    assert (released / ".venv").exists()
+    (released / "out" / "html").mkdir(parents=True)
+    before = contents(released / "course")
+    shutil.copy(ROOT / "Makefile", released)
+    subprocess.run(["make", "clean"], cwd=released, capture_output=True, text=True, check=True)
+    assert not (released / "out").exists()
+    assert contents(released / "course") == before
 
 
-def test_clean_without_a_course_leaves_nothing(tmp_path):
-    make_clean(tmp_path)
-    (tmp_path / "out" / "html").mkdir(parents=True)
-    assert "Kept" not in make_clean(tmp_path)
-    assert not (tmp_path / "out").exists()
+def test_clean_refuses_to_delete_a_course_of_an_earlier_version(tmp_path):
+    (tmp_path / "out" / "course").mkdir(parents=True)
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    report = subprocess.run(["make", "clean"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert report.returncode != 0
+    assert "out/course holds grades" in report.stdout
+    assert (tmp_path / "out" / "course").is_dir()
 
 
 def test_help_builds_nothing(tmp_path):
     root = tiny.install_tools(tiny.write(tmp_path, ("01-one", "One", tiny.EXERCISE)))
-    report = tiny.run(root, "tools.student", "--help")
+    report = tiny.run(root, "tools.course", "--help")
     assert report.returncode == 0
-    assert "out/course" in report.stdout
-    assert not (root / "out").exists()
+    assert "submitted/STUDENT/CHAPTER" in report.stdout
+    assert not (root / "course").exists()
+
+
+def test_no_course_yet(tmp_path):
+    root = tiny.install_tools(tiny.write(tmp_path, ("01-one", "One", tiny.EXERCISE)))
+    for task in ("grade", "formgrader"):
+        report = tiny.run(root, "tools.course", task)
+        assert report.returncode == 1
+        assert "There is no course in" in report.stderr

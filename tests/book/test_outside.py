@@ -65,13 +65,11 @@ def test_outside_it_says_what_is_missing_and_what_to_do(chapter, run, tmp_path):
 @each
 @pytest.mark.parametrize("where", ["inside", "outside, developed here"])
 def test_where_the_repository_can_be_found_it_is(chapter, run, tmp_path, where):
-    root = make(
-        tmp_path / "book", "book.toml", "benchmarks/protocol.py", "kfqn_core/__init__.py", "out/course/a/x.ipynb"
-    )
+    root = make(tmp_path / "book", "book.toml", "benchmarks/protocol.py", "kfqn_core/__init__.py", "course/a/x.ipynb")
     lib = tmp_path / "lib"
     lib.mkdir()
     if where == "inside":
-        home = root / "out" / "course" / "a"
+        home = root / "course" / "a"
         make(lib, "kfqn_core/__init__.py")
     else:
         home = make(tmp_path / "home", "notebook.ipynb")

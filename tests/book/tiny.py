@@ -19,6 +19,7 @@ src = "chapters"
 
 [defaults]
 timeout_s = 120
+grading_s = 30
 budget_s = 30
 device = "cpu"
 kernel = "python3"
@@ -74,6 +75,8 @@ Double a number.
 An explanation for those who opened it.
 
 ```{code-cell} ipython3
+:level: 1
+:minutes: 5
 :nbgrader: {grade: false, grade_id: ex-twice, locked: false, schema_version: 3, solution: true, task: false}
 
 def twice(x):
@@ -93,6 +96,16 @@ assert twice(3) == 6, "twice(3) should be 6"
 print("ex-twice: correct")
 ```
 """
+
+RUBRIC = """An explanation for those who opened it.
+
+:::{admonition} The written answer: why it is twice
+:class: rubric
+
+* 1: adds the number to itself
+* 2: says that this is what twice
+  means
+:::"""
 
 
 def code(text: str) -> str:
