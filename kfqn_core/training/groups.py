@@ -26,7 +26,6 @@ from kfqn_core.estimate.inverses import DenseInverse
 from kfqn_core.estimate.low_rank import LowRankActivationFactor
 from kfqn_core.estimate.shared import AnyBatch, SharedBatch
 from kfqn_core.estimate.statistics import Batch, Record
-from kfqn_core.layers import LayerView
 from kfqn_core.maths.columns import Columns
 from kfqn_core.maths.secant import LimitedMemoryInverse
 from kfqn_core.parallel.ranks import Ranks
@@ -342,43 +341,6 @@ class Group:
     def layer_gradient(self, i: int) -> GradientFactor | None:
         """The gradient factor of layer i alone: views."""
         return None if self.gradient is None else _restricted(self.gradient, self.rows(i))
-
-
-class Layer:
-    """A curvature layer as the optimizer's user looks at it: its parameters, the momentum, and the two factors.
-
-    Attributes:
-        name, view, weight, bias: of the layer.
-        activation, gradient: its factors, views of those of its group; `gradient` is None where `H_g` is the identity.
-    """
-
-    def __init__(self, group: Group, i: int):
-        selected = group.layers[i]
-        self.name, self.weight, self.bias = selected.name, selected.weight, selected.bias
-        self.view: LayerView = selected.view
-        self.activation, self.gradient = group.layer_activation(i), group.layer_gradient(i)
-        self._M = Columns(*(None if part is None else part[group.rows(i)] for part in group.M))  # type: ignore[arg-type]
-        self._group, self._i = group, i
-
-    @property
-    def M(self) -> Tensor:
-        """The momentum of `[W | b]`, `[groups, d_out, d_in]`."""
-        return self._M.joined()
-
-    @property
-    def started(self) -> bool:
-        """Whether `H_a` has had its first estimate. Reading it waits for the device."""
-        return bool(self._group.started[self._i])
-
-    def direction(self) -> Tensor:
-        """`D = H_g M H_a`, `[groups, d_out, d_in]`: the inverse of the Kronecker-factored Hessian applied to `M`."""
-        D = self.M @ self.activation.H
-        return D if self.gradient is None else self.gradient.inverse.apply(D)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that lives from one step to the next, by name, `[groups, ...]` each."""
-        rows = self._group.rows(self._i)
-        return {"M": self.M, **{name: tensor[rows] for name, tensor in self._group.tensors().items()}}
 
 
 def _activation(kind: str, sizes: _Shape, damping: float, options: Options, like: dict[str, Any]) -> Activation:

@@ -19,7 +19,7 @@ from kfqn_core.parallel.ranks import Ranks, refuse_shards
 from kfqn_core.training import checkpoint
 from kfqn_core.training.fallback import Fallback
 from kfqn_core.training.finite import Skips, all_finite, note_scale
-from kfqn_core.training.groups import Layer
+from kfqn_core.training.layer import Layer
 from kfqn_core.training.options import Options, check_group, refreshes
 from kfqn_core.training.pairs import SamePoint, source
 from kfqn_core.training.parameters import follow, follow_peaks, groups_of, refuse_sparse, require_model
@@ -181,8 +181,7 @@ class KFQN(torch.optim.Optimizer):
         note_scale(self.plan, records, scale, found_inf)
         finite, lengths = all_finite(moving, loss, scale, found_inf, self._skips.counts.device)
         follow_peaks(self.param_groups)
-        average = self._steps > 0 or not self._warm_started  # a warm-started A sits the first step out
-        groups = self.plan.layer_groups
+        groups, average = self.plan.layer_groups, self._steps > 0 or not self._warm_started  # that A sits one step out
 
         with self._no_autocast():
             batches = seen(groups, records, elsewhere, average=average, refresh=refresh)

@@ -1,0 +1,46 @@
+"""A layer of the optimizer by itself, cut out of its group: what `KFQN.layers` shows."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kfqn_core.layers import LayerView
+from kfqn_core.maths.columns import Columns
+from kfqn_core.training.groups import Group
+
+
+class Layer:
+    """A curvature layer as the optimizer's user looks at it: its parameters, the momentum, and the two factors.
+
+    Attributes:
+        name, view, weight, bias: of the layer.
+        activation, gradient: its factors, views of those of its group; `gradient` is None where `H_g` is the identity.
+    """
+
+    def __init__(self, group: Group, i: int):
+        selected = group.layers[i]
+        self.name, self.weight, self.bias = selected.name, selected.weight, selected.bias
+        self.view: LayerView = selected.view
+        self.activation, self.gradient = group.layer_activation(i), group.layer_gradient(i)
+        self._M = Columns(*(None if part is None else part[group.rows(i)] for part in group.M))  # type: ignore[arg-type]
+        self._group, self._i = group, i
+
+    @property
+    def M(self) -> Tensor:
+        """The momentum of `[W | b]`, `[groups, d_out, d_in]`."""
+        return self._M.joined()
+
+    @property
+    def started(self) -> bool:
+        """Whether `H_a` has had its first estimate. Reading it waits for the device."""
+        return bool(self._group.started[self._i])
+
+    def direction(self) -> Tensor:
+        """`D = H_g M H_a`, `[groups, d_out, d_in]`: the inverse of the Kronecker-factored Hessian applied to `M`."""
+        D = self.M @ self.activation.H
+        return D if self.gradient is None else self.gradient.inverse.apply(D)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that lives from one step to the next, by name, `[groups, ...]` each."""
+        rows = self._group.rows(self._i)
+        return {"M": self.M, **{name: tensor[rows] for name, tensor in self._group.tensors().items()}}
