@@ -223,9 +223,9 @@ def test_refresh_grows_from_every_step_to_every_tenth():
     fixed = [step for step in range(12) if refreshes(step, 4)]
     assert fixed == [0, 4, 8]
     grown = [step for step in range(400) if refreshes(step, None)]
-    assert grown[:25] == list(range(25))
-    assert [step for step in grown if 25 <= step < 75] == [*range(26, 50, 2), *range(51, 75, 3)]
-    assert {b - a for a, b in pairwise(grown) if a >= 225} == {10}
+    assert grown[:10] == list(range(10))
+    assert [step for step in grown if 10 <= step < 30] == [*range(10, 20, 2), *range(21, 30, 3)]
+    assert {b - a for a, b in pairwise(grown) if a >= 90} == {10}
 
 
 class Noisy(nn.Module):
