@@ -18,7 +18,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 PIP = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test frameworks book chapter chapters budgets site serve pages axe lab course grade formgrader bench bench-full gpu lint format lock clean
+.PHONY: help setup test mutants frameworks book chapter chapters budgets site serve pages axe lab course grade formgrader bench bench-full gpu lint format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -91,6 +91,11 @@ grade: setup ## grade what lies in COURSE=course/submitted/STUDENT/CHAPTER, and 
 
 formgrader: setup ## mark written answers in nbgrader's formgrader
 	$(RUN_COURSE) formgrader
+
+# What was found out about code that has not changed is not tried again; ROOMS="maths.secant.two_squares 07" names some,
+# ROOMS="--again maths.secant.two_squares" tries once more what survived.
+mutants: setup ## who notices a small mistake in a room? tests and checks, tools/mutants.jsonl (minutes)
+	$(BIN)/python -m tools.mutants $(ROOMS)
 
 FRAMEWORKS ?= $(BIN)/python
 frameworks: setup ## other people's models and trainers (transformers, Lightning, ...), those that FRAMEWORKS=python has

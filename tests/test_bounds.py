@@ -164,6 +164,13 @@ def test_constants_that_no_pair_passes_are_refused(c1, c2):
         cautious(torch.ones(2), torch.ones(2), c1, c2)
 
 
+@pytest.mark.parametrize(("curvature", "passes"), [(0.49, False), (0.51, True), (2.9, True), (3.1, False)])
+def test_cautious_measures_both_vectors_by_their_product(curvature, passes):
+    """|s|^2 <= 2 s'y and |y|^2 <= 3 s'y, in four dimensions: curvatures from 1/2 to 3."""
+    s = torch.ones(4)
+    assert cautious(s, curvature * s, 2.0, 3.0).item() == passes
+
+
 def test_cautious_refuses_what_is_not_a_pair():
     s = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 0.0], [math.nan, 1.0]])
     y = torch.tensor([[1.0, 0.5], [-1.0, 0.0], [0.0, 0.0], [1.0, 1.0]])

@@ -293,6 +293,12 @@ def test_layers_that_have_no_single_preactivation_are_refused():
     for function in (exact.layer_hessian, exact.preactivation_hessians, exact.layer_gauss_newton):
         with pytest.raises(ValueError, match="'spare' is never called"):
             function(model, square, *data(4, 5), "spare")
+    x, y = data(4, 5)
+    for layers in (("0", "spare"), ("spare", "0")):
+        with pytest.raises(ValueError, match="'spare' is never called"):
+            exact.cross_hessian(model, square, x, y, *layers)
+    with pytest.raises(ValueError, match="'spare' is never called"):
+        exact.layer_fisher(model, square, x, exact.unit_gaussian, "spare")
     with pytest.raises(ValueError, match="'9' is not a layer of the model; those it can be are '0', '2'"):
         exact.layer_hessian(mlp(), square, *data(4, 5), "9")
     with pytest.raises(ValueError, match="this Linear is not a layer"):

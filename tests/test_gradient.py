@@ -133,3 +133,12 @@ def test_no_tensor_is_read_on_the_host():
                 s = torch.randn(2, 4, dtype=F64)
                 factor.update(s, s, s, torch.ones((), dtype=torch.bool))
                 assert factor.inverse.dense().shape == (2, 4, 4)
+
+
+def test_a_steep_direction_is_taken_in_however_long_its_y_is():
+    """The curvature test is s'y > 1e-4 |s|^2 |v|: it measures the step, and not the change of the gradient."""
+    factor = gradient_factor(3, 1, None, "levenberg-marquardt", damping=0.3, pair_momentum=0.0)
+    factor.inverse.H.mul_(0.5e-6)  # so that Powell's damping leaves the pair alone
+    s, v = torch.eye(3, dtype=F64)[:2, None]
+    factor.update(s, 1e6 * s, v)
+    assert relative_error(factor.inverse.H[0] @ ((1e6 + 0.3) * s[0]), s[0]) < 1e-12

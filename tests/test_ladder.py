@@ -130,6 +130,15 @@ def test_backward_step_gives_every_preactivation_hessian(problem):
         assert relative(block, exact.layer_gauss_newton(model, loss_fn, x, y, str(layer))) < TOLERANCE
 
 
+def test_backward_step_takes_any_number_of_leading_axes():
+    generator = torch.Generator().manual_seed(2)
+    W, g, G = (torch.randn(shape, generator=generator, dtype=F64) for shape in ((3, 4), (2, 5, 3), (2, 5, 3, 3)))
+    slope, curvature = torch.randn(2, 2, 5, 4, generator=generator, dtype=F64)
+    several = backward_step(W, g, G, slope, curvature)
+    one = backward_step(W, g[1, 2], G[1, 2], slope[1, 2], curvature[1, 2])
+    assert all(relative(many[1, 2], single) < TOLERANCE for many, single in zip(several, one, strict=True))
+
+
 def test_layers_that_share_parameters_are_refused():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()

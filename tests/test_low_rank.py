@@ -252,7 +252,11 @@ def test_decay_weighs_the_past():
     factor = factor_of(records[0], 3)
     factor.start(records[0])
     for k, record in enumerate(records[1:], 1):
-        factor.update(record, decay=k / (k + 1))
+        Q, decay = factor._basis(), k / (k + 1)
+        running = decay * factor.F @ factor.F.mT + (1 - decay) * second_moment(record)
+        factor.update(record, decay=decay)
+        F = nystroem(Q, running @ Q)
+        assert relative_error(factor.F @ factor.F.mT, F @ F.mT) < 1e-15 / SHIFT  # the condition of the small matrix
     mean = torch.stack([second_moment(record).diagonal(dim1=-2, dim2=-1) for record in records]).mean(0)
     assert relative_error(factor.d, mean) < 1e-13
 

@@ -368,6 +368,30 @@ def snapshot(model, optimizer):
     return {key: value.detach().clone() for key, value in tensors.items()}
 
 
+def test_a_group_without_curvature_gets_the_rate_of_the_fallback():
+    model = tanh_network()
+    optimizer = KFQN(model, 0.03, model[0].parameters(), fallback_lr=0.002)
+    optimizer.add_param_group({"params": model[2].parameters(), "curvature": False})
+    optimizer.add_param_group({"params": model[4].parameters(), "curvature": False, "lr": 0.5})
+    assert [group["lr"] for group in optimizer.param_groups] == [0.03, 0.002, 0.5]
+
+
+def test_a_parameter_that_was_replaced_loads_the_state_of_its_name():
+    """Three steps, with a state saved and loaded after two; a new tensor in the place of a weight changes nothing."""
+    moved = []
+    for replaced in (False, True):
+        model = tanh_network()
+        optimizer = KFQN(model, lr=0.1, **presets.KBFGS_2020)
+        train(model, optimizer, batches(), 2)
+        state = copy.deepcopy(optimizer.state_dict())
+        if replaced:
+            model[2].weight = nn.Parameter(model[2].weight.detach().clone())
+        optimizer.load_state_dict(state)
+        train(model, optimizer, batches()[2:], 1)
+        moved.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert relative_error(moved[1], moved[0]) < 1e-14
+
+
 @pytest.mark.parametrize("poison", ["input", "target"])
 @pytest.mark.parametrize("preset", METHODS.values(), ids=METHODS)
 def test_a_batch_with_nan_changes_nothing_but_the_count(preset, poison):

@@ -266,3 +266,11 @@ def test_no_tensor_is_read_on_the_host():
             batch = Batch([view(layer)] * 2, records, torch.empty(0))
             assert batch.activation_action(batch.mean_input()).shape == (2, 6)
             assert batch.present is None or batch.present.shape == (2,)
+
+
+def test_vectors_counts_the_inputs_that_are_known():
+    layer = LAYERS["conv"]().double()
+    known = [use(layer, 3, 0), use(layer, 2, 1, size=5)]
+    T = [view(layer).locations(of.x) for of in known]
+    record = record_of(layer, known[0], Use(None, 7, samples=4), known[1])
+    assert record.vectors() == 3 * T[0] + 2 * T[1]

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from nbformat import NotebookNode
 
-from tools import source
+from tools import scores, source
 from tools.manifest import Book, Chapter
+from tools.rooms import PACKAGE, codes, find_room, unnamed
 
-PACKAGE = "kfqn_core"
-BESIDE = "benchmarks"  # the comparison of chapter 13: not installed, but its protocol makes claims as well
 CLAIMS = ("prf:theorem", "prf:lemma", "prf:proposition", "prf:corollary")
 KEYS = ("verifies", "room", "test", "broken_by")
 FORBIDDEN_TAGS = ("skip-execution", "raises-exception")
@@ -94,39 +90,6 @@ def _cell_problems(cell: NotebookNode, broken_by: str) -> list[str]:
     return problems
 
 
-def find_room(room: str) -> Any:
-    """The object that `room` names, below the package or, where it begins with `benchmarks`, beside it; LookupError if
-    there is none."""
-    full = room if room.split(".")[0] == BESIDE else f"{PACKAGE}.{room}"
-    top, *names = full.split(".")
-    for found in _objects(_module(top, full), top, names, full):
-        return found
-    raise LookupError(f"room {full} does not exist")
-
-
-def _objects(found: Any, path: str, names: list[str], full: str) -> Iterator[Any]:
-    """Whatever `names` may mean below `found`. What a package shows under a name comes first: of `layers.view` that is
-    the function. A file of the same name comes second, and holds `layers.view.LayerView`."""
-    if found is None:
-        return
-    if not names:
-        yield found
-        return
-    path, name, *names = f"{path}.{names[0]}", *names
-    yield from _objects(getattr(found, name, None), path, names, full)
-    if inspect.ismodule(found):
-        yield from _objects(_module(path, full), path, names, full)
-
-
-def _module(path: str, full: str) -> ModuleType | None:
-    try:
-        return importlib.import_module(path)
-    except ImportError as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == path:
-            return None
-        raise LookupError(f"room {full}: {path} cannot be imported: {error}") from None
-
-
 @cache
 def _definitions(path: Path) -> dict[str, ast.AST]:
     """Functions of a test file and methods of its classes, by the name pytest gives them."""
@@ -170,11 +133,14 @@ def collect(book: Book) -> Ledger:
         for label in check.verifies:
             if label not in labels:
                 problems.append(f"{check.where}: verifies {label}, which is no claim")
-        for find, *arguments in ((find_room, check.room), (find_test, book.root, check.test)):
+        for find, *arguments in ((codes, check.room), (find_test, book.root, check.test)):
             try:
                 find(*arguments)
             except LookupError as error:
                 problems.append(f"{check.where}: {error}")
+            else:
+                if find is codes and (missing := unnamed(check.room, check.broken_by)):
+                    problems.append(f"{check.where}: {missing}")
     verified = {label for check in all_checks for label in check.verifies}
     problems += [f"{c.chapter.slug}: claim {c.label} has no check" for c in claims if c.label not in verified]
     return Ledger(tuple(claims), tuple(all_checks), tuple(problems))
@@ -201,14 +167,16 @@ def page(root: Path, ledger: Ledger) -> str:
         table += [f"{'* -' if i == 0 else '  -'} {cell}" for i, cell in enumerate(row)]
     sections = ["## The rooms", *(_room_source(root, name, room) for name, room in sorted(rooms.items()))]
     sections += ["## The tests", *(_test_source(root, name, node) for name, node in sorted(tests.items()))]
-    return "\n\n".join([PAGE_HEAD, "\n".join([*table, ":::"]), *sections]) + "\n"
+    score = scores.section(dict.fromkeys(claim.chapter.slug for claim in ledger.claims))
+    return "\n\n".join(part for part in [PAGE_HEAD, "\n".join([*table, ":::"]), score, *sections] if part) + "\n"
 
 
 PAGE_HEAD = f"""# Ledger
 
-Every numbered claim of the book has a *check*, a cell that compares it with an exact reference and that has been seen
-to fail once the thing it relies on was broken; a *room*, the part of `{PACKAGE}` that implements it; and a *test* that
-guards the room. This page is made from the chapters, and the book does not build while one of the three is missing."""
+Every numbered claim of the book has a *check*, a cell that enters the claim's room, compares it with an exact
+reference, and has been seen to fail once the room was broken; a *room*, the part of `{PACKAGE}` that implements it; and
+a *test* that guards the room. This page is made from the chapters, and the book does not build while one of the three
+is missing."""
 
 
 def anchor(check: Check) -> str:

@@ -24,7 +24,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 from nbconvert.filters import strip_ansi
 from nbformat import NotebookNode
 
-from tools import exercises, foundations, ledger, manifest, source, verification
+from tools import exercises, foundations, ledger, manifest, rooms, scores, source, verification
 from tools.manifest import Book, Chapter
 from tools.source import ChapterError
 
@@ -60,7 +60,7 @@ def running(book: Book, chapter: Chapter) -> Path:
 def trials(chapter: Chapter, notebook: NotebookNode) -> list[str]:
     """Calls that break every check and try every grader on its stub."""
     calls = [
-        f"check_must_fail(globals(), {check.where!r}, {check.source!r}, {check.broken_by!r})"
+        f"check_must_fail(globals(), {check.where!r}, {check.source!r}, {check.broken_by!r}, {check.room!r})"
         for check in ledger.checks(chapter, notebook)[0]
     ]
     calls += [
@@ -73,18 +73,20 @@ def trials(chapter: Chapter, notebook: NotebookNode) -> list[str]:
 def stamp(book: Book, chapter: Chapter) -> str:
     """A hash of what the outputs of a chapter, and the verdict on its checks, depend on."""
     notebook = source.read(book, chapter)
-    own = sorted((book.root / ledger.PACKAGE).rglob("*.py"))
-    if f"from {ledger.BESIDE}" in nbformat.writes(notebook):
-        own += sorted(path for path in (book.root / ledger.BESIDE).rglob("*") if path.suffix in (".py", ".jsonl"))
+    own = sorted((book.root / rooms.PACKAGE).rglob("*.py"))
+    if f"from {rooms.BESIDE}" in nbformat.writes(notebook):
+        own += sorted(path for path in (book.root / rooms.BESIDE).rglob("*") if path.suffix in (".py", ".jsonl"))
+    if scores.RECORDS.name in nbformat.writes(notebook):
+        own.append(book.root / "tools" / scores.RECORDS.name)
     code = [cell.source for _, cell in source.code_cells(notebook)]
     code += [path.read_text(encoding="utf-8") for path in own if path.suffix == ".py"]
     names = set().union(*map(foundations.imports, code))
-    below = foundations.loose_files(names, known=(ledger.PACKAGE, ledger.BESIDE))
+    below = foundations.loose_files(names, known=(rooms.PACKAGE, rooms.BESIDE))
 
     contents = [*foundations.installed(), nbformat.writes(notebook), *trials(chapter, notebook)]
     digest = hashlib.sha256("\n".join(contents).encode())
     named = [(path.relative_to(book.root).as_posix(), path) for path in [*own, book.root / "constraints.txt"]]
-    named += [(path.name, path) for path in [*below, Path(__file__), Path(verification.__file__)]]
+    named += [(path.name, path) for path in [*below, Path(__file__), Path(verification.__file__), Path(rooms.__file__)]]
     for name, path in named:
         digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()

@@ -14,6 +14,8 @@ from typing import Any
 
 from IPython.utils.capture import capture_output
 
+from tools import rooms
+
 LAZY = (None, 0.0, 1.0, True, "", (), [], set(), {})
 A_NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
@@ -48,13 +50,23 @@ def _must_pass_again(variables: dict[str, Any], where: str, *sources: str) -> No
             )
 
 
-def check_must_fail(variables: dict[str, Any], where: str, source: str, broken_by: str) -> None:
-    """Require that the check `source` fails with an AssertionError once `broken_by` has been executed."""
-    _must_pass_again(variables, where, source)
+def check_must_fail(variables: dict[str, Any], where: str, source: str, broken_by: str, room: str) -> None:
+    """Require that the check `source` enters its room, and fails with an AssertionError once `broken_by`, which puts
+    something else in the room's place, has been executed."""
+    with rooms.Visits(rooms.codes(room)) as visits:
+        _must_pass_again(variables, where, source)
+    if not visits.entered:
+        raise VerificationError(
+            f"{where}: the check never enters its room {room}, so that it says nothing about it: call it in this "
+            "cell, or name the room that the cell does call"
+        )
     broken = dict(variables)
     error = _outcome(broken, broken_by)
     if error is not None:
         raise VerificationError(f"{where}: broken_by itself fails ({_describe(error)}): {broken_by}")
+    for name in rooms.names(room):
+        if name in _bound(broken_by) and broken[name] is variables.get(name):
+            raise VerificationError(f"{where}: broken_by binds {name} to what it was: {broken_by}")
     error = _outcome(broken, source)
     if error is None:
         raise VerificationError(f"{where}: the check still passes after its broken_by, so it cannot fail: {broken_by}")
@@ -63,6 +75,12 @@ def check_must_fail(variables: dict[str, Any], where: str, source: str, broken_b
             f"{where}: after its broken_by the check stops with {_describe(error)} instead of failing its assert: "
             f"{broken_by}"
         )
+
+
+def _bound(source: str) -> set[str]:
+    """The variables that `source` sets."""
+    steps = dis.get_instructions(compile(source, "cell", "exec"))
+    return {step.argval for step in steps if step.opname == "STORE_NAME"}
 
 
 def stub_must_fail(variables: dict[str, Any], where: str, solution: str, stub: str, grader: str) -> None:

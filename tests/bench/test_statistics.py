@@ -26,6 +26,11 @@ def test_a_diverged_seed_makes_the_mean_infinite():
     assert mean_interval([1.0, math.inf])[0] == math.inf
 
 
+@pytest.mark.parametrize(("values", "mean"), [([1.0, 2.0, math.inf], math.inf), ([2.0, 2.0, 2.0], 2.0), ([3.0], 3.0)])
+def test_values_without_a_spread_have_no_interval(values, mean):
+    assert mean_interval(values) == (mean, mean, mean)
+
+
 def test_paired_p_by_hand():
     # Differences of logarithms 1, 2, 3: mean 2, deviation 1, t = 2 sqrt(3) with two degrees of freedom. The two-sided p
     # of Student's t with two degrees of freedom is 1 - t / sqrt(t^2 + 2).
@@ -37,6 +42,15 @@ def test_paired_p_by_hand():
 @pytest.mark.parametrize("values", [[1.0], [1.0, math.inf], [0.0, 1.0], [2.0, 2.0]])
 def test_paired_p_refuses_what_says_nothing(values):
     assert paired_p(values, [1.0] * len(values)) is None
+
+
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize("value", [math.inf, math.nan, 0.0])
+def test_paired_p_refuses_one_spoiled_value_on_either_side(place, value):
+    losses = [1.0, 2.0, 4.0]
+    losses[place] = value
+    assert paired_p(losses, [1.0, 1.0, 2.0]) is None
+    assert paired_p([1.0, 1.0, 2.0], losses) is None
 
 
 def test_ratio_interval_of_fifteen_turns_runs_from_the_fourth_to_the_twelfth():

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from tests.book import tiny
-from tools import ledger, manifest
+from tools import ledger, manifest, rooms
 
 
 def collect(root, text):
@@ -34,7 +34,7 @@ def test_one_check_may_verify_several_claims(tmp_path):
 
 
 @pytest.fixture
-def rooms(tmp_path, monkeypatch):
+def package(tmp_path, monkeypatch):
     """A package of two floors. `layers` shows a function `view`, which hides the file of that name."""
     name = "package_with_rooms"
     files = {
@@ -50,7 +50,7 @@ def rooms(tmp_path, monkeypatch):
         path = tmp_path / name / f"{file}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    monkeypatch.setattr(ledger, "PACKAGE", name)
+    monkeypatch.setattr(rooms, "PACKAGE", name)
     monkeypatch.syspath_prepend(tmp_path)
     yield name
     for module in [module for module in sys.modules if module.partition(".")[0] == name]:
@@ -67,15 +67,15 @@ def rooms(tmp_path, monkeypatch):
         ("maths.algebra.vec", "function", "maths.algebra"),
     ],
 )
-def test_a_room_in_a_package(rooms, room, kind, where):
-    found = ledger.find_room(room)
-    assert (type(found).__name__, found.__module__) == (kind, f"{rooms}.{where}")
+def test_a_room_in_a_package(package, room, kind, where):
+    found = rooms.find_room(room)
+    assert (type(found).__name__, found.__module__) == (kind, f"{package}.{where}")
 
 
-def test_a_module_and_a_floor_are_rooms(rooms):
-    assert ledger.find_room("maths.algebra").__name__ == f"{rooms}.maths.algebra"
-    assert ledger.find_room("maths").__name__ == f"{rooms}.maths"
-    assert ledger.find_room("layers.kinds.SUPPORTED") == (int, float)
+def test_a_module_and_a_floor_are_rooms(package):
+    assert rooms.find_room("maths.algebra").__name__ == f"{package}.maths.algebra"
+    assert rooms.find_room("maths").__name__ == f"{package}.maths"
+    assert rooms.find_room("layers.kinds.SUPPORTED") == (int, float)
 
 
 @pytest.mark.parametrize(
@@ -87,9 +87,9 @@ def test_a_module_and_a_floor_are_rooms(rooms):
         ("maths.broken.vec", "maths.broken cannot be imported: No module named 'a_module_that_is_not_there'"),
     ],
 )
-def test_no_such_room(rooms, room, message):
+def test_no_such_room(package, room, message):
     with pytest.raises(LookupError, match=message):
-        ledger.find_room(room)
+        rooms.find_room(room)
 
 
 @pytest.mark.parametrize(
@@ -106,10 +106,12 @@ def test_no_such_room(rooms, room, message):
         ("test_algebra.py", "test_nothing.py", "no file tests/test_nothing.py"),
         ("::test_sum", "::test_product", "tests/test_algebra.py has no test_product"),
         ("::test_sum", "", "has no function named after ::"),
-        ('broken_by: "add = lambda a, b: a - b"\n', "", "no broken_by"),
-        ("add = lambda a, b: a - b", "subtract = 1", "broken_by rebinds no name that the cell reads"),
-        ("add = lambda a, b: a - b", "add.broken = True", "broken_by rebinds no name that the cell reads"),
-        ("add = lambda a, b: a - b", "add = (", "not plain Python"),
+        ('broken_by: "kron_matvec = lambda A, G, V: A - V"\n', "", "no broken_by"),
+        ("kron_matvec = lambda", "subtract = lambda", "broken_by rebinds no name that the cell reads"),
+        ("kron_matvec = lambda A, G, V: A - V", "kron_matvec.off = 1", "broken_by rebinds no name that the cell reads"),
+        ("kron_matvec = lambda A, G, V: A - V", "kron_matvec = (", "not plain Python"),
+        ("kron_matvec = lambda A, G, V: A - V", "number = str", "broken_by leaves the room as it is"),
+        ("maths.algebra.kron_matvec", "training.presets.KBFGS_2020", "has no code to enter"),
         ("assert error < 1e-12", "error < 1e-12", "no assert"),
         ("assert error < 1e-12", "try:\n    assert error < 1\nexcept AssertionError:\n    pass", "a try statement"),
         ("verifies: thm-sum", "tags: [skip-execution]\nverifies: thm-sum", "is tagged skip-execution"),

@@ -1,7 +1,11 @@
 """Chapters run, checks that cannot fail turn red, and what failed replaces nothing."""
 
+import functools
+import importlib
 import os
 import re
+import sys
+from types import ModuleType
 
 import nbformat
 import pytest
@@ -14,30 +18,49 @@ from tools.verification import VerificationError, check_must_fail, stub_must_fai
 CHECK = "assert abs(add(2, 2) - 4) < 1e-12"
 
 
-def add(a, b):
-    return a + b
+ROOM = "maths.sums.add"
+
+
+@pytest.fixture
+def room(monkeypatch):
+    """The function of a room of its own."""
+    module = ModuleType("kfqn_core.maths.sums")
+    exec("def add(a, b):\n    return a + b", module.__dict__)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(importlib.import_module("kfqn_core.maths"), "sums", module, raising=False)
+    return module.add
 
 
 @pytest.mark.parametrize(
     ("check", "broken_by", "message"),
     [
-        ("assert abs(4 - 4) < 1e-12 or add", "add = None", "still passes after its broken_by, so it cannot fail"),
+        ("add(1, 1)\nassert abs(4 - 4) < 1e-12", "add = None", "stops with TypeError.* instead of failing its assert"),
+        ("add(1, 1)\nassert 4 == 4", "add = max", "still passes after its broken_by, so it cannot fail"),
         (CHECK, "add = lambda a, b: b + a", "still passes after its broken_by, so it cannot fail"),
-        (CHECK, "add = None", "stops with TypeError.* instead of failing its assert"),
         (CHECK, "add = nothing", "broken_by itself fails .NameError"),
         (CHECK.replace("add", "changed_later"), "changed_later = add", "a later cell changes a variable it reads"),
+        ("assert abs(result - 4) < 1e-12", "add = None; result = 5", f"never enters its room {ROOM}"),
+        (CHECK.replace("4", "four"), "add = add; four = 5", "broken_by binds add to what it was"),
     ],
 )
-def test_a_check_that_cannot_fail_is_reported(check, broken_by, message):
-    variables = {"add": add, "changed_later": lambda a, b: a * b + 1}
+def test_a_check_that_cannot_fail_is_reported(room, check, broken_by, message):
+    variables = {"add": room, "changed_later": lambda a, b: room(a, b) * 2 - 3, "result": room(2, 2), "four": 4}
     with pytest.raises(VerificationError, match=f"^here: .*{message}"):
-        check_must_fail(variables, "here", check, broken_by)
+        check_must_fail(variables, "here", check, broken_by, ROOM)
 
 
-def test_a_check_is_broken_in_a_copy():
-    variables = {"add": add}
-    check_must_fail(variables, "here", f"error = 1\n{CHECK}", "add = lambda a, b: a - b")
-    assert variables == {"add": add}
+def test_a_check_is_broken_in_a_copy(room):
+    variables = {"add": room}
+    check_must_fail(variables, "here", f"error = 1\n{CHECK}", "add = lambda a, b: a - b", ROOM)
+    assert variables == {"add": room}
+
+
+def test_a_room_may_be_entered_on_a_detour(room):
+    """Through a function of another cell, a wrapper, a copy under another name."""
+    variables = {"add": room, "indirect": lambda a: functools.partial(room, a)(a)}
+    check = "assert abs(indirect(2) - 4) < 1e-12"
+    check_must_fail(variables, "here", check, "add = None; indirect = lambda a: 0", ROOM)
+    assert sys.getprofile() is None
 
 
 def test_a_grader_that_accepts_the_stub_is_reported():
@@ -133,10 +156,10 @@ def test_a_picture_of_another_kind_is_one(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("broken_by: \"add = lambda a, b: a - b\"", "broken_by: \"add = lambda a, b: b + a\"",
-         r"^01-one, code cell 2 \(error = abs\(add\(2, 2\) - 4\)\): the check still passes"),
-        ("return a + b", "return a + c",
-         r"^01-one, code cell 2 \(error = abs\(add\(2, 2\) - 4\)\): NameError: name 'c' is not defined"),
+        ("lambda A, G, V: A - V", "lambda A, G, V: A * V",
+         r"^01-one, code cell 2 \(error = abs\(kron_matvec.*\): the check still passes"),
+        ("float(x)", "float(y)",
+         r"^01-one, code cell 2 \(error = abs\(kron_matvec.*\): NameError: name 'y' is not defined"),
         ("assert twice(3) == 6", "assert True",
          r"^01-one, code cell 3 \(def twice\(x\):\): the grader accepts the stub"),
     ],

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from tools import ledger, manifest, source
+from tools import manifest, rooms, source
 
 BOOK = manifest.read()
-BESIDE = f"from {ledger.BESIDE} import"
+BESIDE = f"from {rooms.BESIDE} import"
 
 
 def first_lines(chapter):

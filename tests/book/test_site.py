@@ -31,8 +31,14 @@ mystnb:
 import matplotlib.pyplot as plt
 fig, ax = plt.subplots()
 ax.plot([0, 1])
-four = 4
 plt.show()
+```
+
+```{code-cell} ipython3
+import torch
+from kfqn_core.maths.algebra import kron_matvec
+
+two = torch.tensor([[2.0]])
 ```
 
 ```{code-cell} ipython3
@@ -40,9 +46,9 @@ plt.show()
 verifies: lem-four
 room: maths.algebra.kron_matvec
 test: tests/test_algebra.py::test_sum
-broken_by: four = 5
+broken_by: "kron_matvec = lambda A, G, V: A"
 ---
-assert four == 2 + 2
+assert kron_matvec(two, two / 2, two).item() == 2 + 2
 ```
 
 ```{code-cell} ipython3
@@ -116,7 +122,7 @@ def test_exercise_shows_the_stub_and_hides_the_solution(html):
 def test_the_ledger_links_claim_check_room_and_test(html):
     text = text_of(html["ledger"])
     assert "Theorem 1.1: Sums chapter 1, cell 2 maths.algebra.kron_matvec test_sum" in text
-    assert "Lemma 8.1: Four chapter 8, cell 2 maths.algebra.kron_matvec test_sum" in text
+    assert "Lemma 8.1: Four chapter 8, cell 3 maths.algebra.kron_matvec test_sum" in text
     assert "return G @ V @ A.mT" in text
     for target in re.findall(r'href="(0[18]-\w+\.html)#(check-[\w-]+)"', html["ledger"]):
         assert f'id="{target[1]}"' in html[target[0].removesuffix(".html")]

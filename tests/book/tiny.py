@@ -44,8 +44,11 @@ $2 + 2 = 4$
 :::
 
 ```{code-cell} ipython3
-def add(a, b):
-    return a + b
+import torch
+from kfqn_core.maths.algebra import kron_matvec
+
+def number(x):
+    return torch.tensor([[float(x)]])
 ```
 
 ```{code-cell} ipython3
@@ -53,9 +56,9 @@ def add(a, b):
 verifies: thm-sum
 room: maths.algebra.kron_matvec
 test: tests/test_algebra.py::test_sum
-broken_by: "add = lambda a, b: a - b"
+broken_by: "kron_matvec = lambda A, G, V: A - V"
 ---
-error = abs(add(2, 2) - 4)
+error = abs(kron_matvec(number(2), number(1), number(2)).item() - 4)
 print(f"error {error}")
 assert error < 1e-12  # whole numbers
 ```
