@@ -39,6 +39,7 @@ def table(frame: pd.DataFrame) -> str:
     best peer and against its own best rate.
     """
     rows = finalists(frame)
+    rows = rows[rows["problem"].isin(rows.loc[rows["contestant"] == HERO, "problem"])]  # others are under way
     keys = [key for key in PROBLEMS if (rows["problem"] == key).any()]
     places = rows.assign(rank=rows.groupby("problem")["train loss"].rank()).groupby("contestant")["rank"].mean()
     lines = [f"| | {' | '.join(keys)} | step / Adam | state / Adam |", "|---" * (len(keys) + 3) + "|"]

@@ -15,10 +15,10 @@ from nbgrader.utils import is_grade, is_solution
 from tools import exercises, prelude, source
 from tools.exercises import Exercise
 from tools.foundations import imports
-from tools.ledger import BESIDE
 from tools.manifest import Book, Chapter
 from tools.numbers import Numbers
 from tools.plain import Plain
+from tools.rooms import BESIDE
 
 PRELUDE = "prelude"  # the grade_id of the cell, which students cannot edit
 

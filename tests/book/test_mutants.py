@@ -201,5 +201,5 @@ def test_committed_verdicts_name_rooms_that_exist_and_reasons_name_mutants():
     assert found, "make mutants writes tools/mutants.jsonl"
     for room in {record["room"] for record in found}:
         assert mutation.parts(room)
-    used = {record["equivalent"] for record in found} - {None}
+    used = {(record["mutant"], record["before"], record["after"]) for record in found if record["equivalent"]}
     assert len(used) == scores.EQUIVALENT.read_text(encoding="utf-8").count("[[equivalent]]")
