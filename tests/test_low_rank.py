@@ -252,7 +252,7 @@ def test_decay_weighs_the_past():
     factor = factor_of(records[0], 3)
     factor.start(records[0])
     for k, record in enumerate(records[1:], 1):
-        Q, decay = factor._basis(), k / (k + 1)
+        Q, decay = factor.probe(record), k / (k + 1)
         running = decay * factor.F @ factor.F.mT + (1 - decay) * second_moment(record)
         factor.update(record, decay=decay)
         F = nystroem(Q, running @ Q)

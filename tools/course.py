@@ -55,17 +55,28 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def choose(book: Book, names: list[str]) -> list[Chapter]:
-    """The chapters of these names or numbers; without names all that have a number."""
+    """The chapters of these names or numbers; without names all that have a number and exercises to hand out.
+
+    Raises:
+        CourseError: for a chapter that there is not, or whose exercises are not handed out.
+    """
     numbered = [chapter for chapter in book.chapters if chapter.number is not None]
     if not names:
-        return numbered
+        return [chapter for chapter in numbered if chapter.course == "exercises"]
     known = {name: chapter for chapter in numbered for name in (chapter.slug, chapter.slug[:2], str(chapter.number))}
     for name in names:
         if name not in known:
             raise release.CourseError(
                 f"There is no chapter {name!r}; there are {', '.join(chapter.slug[:2] for chapter in numbered)}."
             )
-    return [known[name] for name in dict.fromkeys(names)]
+    chosen = [known[name] for name in dict.fromkeys(names)]
+    for chapter in chosen:
+        if chapter.course != "exercises":
+            raise release.CourseError(
+                f"The exercises of {chapter.slug} need results of the whole chapter, minutes of work: they are done in "
+                "the chapter itself and not handed out. Name other chapters."
+            )
+    return chosen
 
 
 def formgrader(place: Path) -> int:

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 TIERS = ("core", "advanced", "appendix")
 DEVICES = ("cpu", "gpu-optional", "gpu")
+COURSE = ("exercises", "none")
 HOME_PAGE = "index.md"
 
 SLUG = re.compile(r"(?:(\d\d)-)?[a-z][a-z0-9]*(?:-[a-z0-9]+)*")
@@ -39,6 +40,7 @@ class Chapter:
     timeout_s: int  # seconds after which one cell is stopped: it hangs
     grading_s: int  # seconds after which one cell of a student's answers is stopped
     device: str
+    course: str  # "exercises", or "none" where they need the whole chapter, minutes of it, and are not handed out
     path: Path
 
     @property
@@ -186,6 +188,7 @@ def read(root: Path = ROOT) -> Book:
             timeout_s=table.take_seconds("timeout_s", timeout_s),
             grading_s=table.take_seconds("grading_s", grading_s),
             device=table.take_choice("device", DEVICES, device),
+            course=table.take_choice("course", COURSE, "exercises"),
             path=src / f"{slug}.md",
         )
         table.close()

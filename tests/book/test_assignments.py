@@ -12,7 +12,7 @@ from tools.manifest import ROOT
 
 BOOK = manifest.load()
 NUMBERS = numbers.of(BOOK)
-WITH_EXERCISES = [chapter for chapter in BOOK.chapters if chapter.number is not None]
+WITH_EXERCISES = [chapter for chapter in BOOK.chapters if chapter.number is not None and chapter.course == "exercises"]
 
 
 @pytest.mark.timeout(600)

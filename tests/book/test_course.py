@@ -228,3 +228,12 @@ def test_no_course_yet(tmp_path):
         report = tiny.run(root, "tools.course", task)
         assert report.returncode == 1
         assert "There is no course in" in report.stderr
+
+
+def test_exercises_that_need_their_whole_chapter_are_not_handed_out():
+    real = manifest.load()
+    whole = [chapter for chapter in real.chapters if chapter.course == "none"]
+    assert whole
+    assert not set(whole) & set(course.choose(real, []))
+    with pytest.raises(release.CourseError, match="in the chapter itself and not handed out"):
+        course.choose(real, [whole[0].slug])
