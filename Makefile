@@ -106,12 +106,12 @@ bench: setup ## does a short benchmark order the methods as the committed result
 
 # Step costs first, with nothing else running; then two processes, on different problems of about the same work. P9 and
 # P14 are run by name.
-CONTESTANTS := kfqn kfqn-second-pass kbfgs-5 kfqn-2022-5 foof isaac sgd adam muon soap shampoo psgd kfac
+CONTESTANTS := kfqn kfqn-second-pass kbfgs-5 kfqn-2022-5 foof isaac sgd adam muon muon-bfloat16 soap shampoo psgd kfac
 RUN := $(BIN)/python -m benchmarks run --methods $(CONTESTANTS)
 ONE := P2 P7 P3 P11 P15 P1 P5 P10
 OTHER := P13 P12 P16 P17 P6 P8
 bench-full: setup ## run what is missing from benchmarks/results (hours), then write tables and figures
-	$(RUN) muon-bfloat16 --costs-only --problems $(ONE) $(OTHER)
+	$(RUN) --costs-only --problems $(ONE) $(OTHER)
 	$(RUN) --problems $(ONE) & first=$$!; $(RUN) --problems $(OTHER) && wait $$first
 	$(BIN)/python -m benchmarks report
 

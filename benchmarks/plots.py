@@ -39,7 +39,7 @@ CONTESTANTS = (HERO, "Muon", "SOAP", "Adam", "SGD with momentum", "K-BFGS 2020")
 def wall_time(frame: pd.DataFrame, folder: Path = RESULTS) -> plt.Figure:
     """Training loss against time in Adam steps: steps times the measured ratio, the same clock for every method.
 
-    `frame` holds the rows of `tables.summary` at one horizon and equal wall time; a line is the mean over fresh seeds.
+    `frame` holds the rows of `tables.summary` at one horizon and equal wall time; a line is the mean over judged seeds.
     """
     figure, panels = _panels(frame)
     for key, ax in panels:

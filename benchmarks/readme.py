@@ -27,7 +27,8 @@ METHODS = (
 def finalists(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows of `tables.summary` that README shows: the short horizon at equal wall time, under any schedule."""
     short = (frame["horizon"] == 1) & (frame["budget"] == "wall") & (frame["contest"] == "free")
-    return frame[short & frame["method"].isin(METHODS)]
+    rows = frame[short & frame["method"].isin(METHODS)]
+    return rows[rows["problem"].isin(rows.loc[rows["contestant"] == HERO, "problem"])]  # others are under way
 
 
 def table(frame: pd.DataFrame) -> str:
@@ -39,7 +40,6 @@ def table(frame: pd.DataFrame) -> str:
     best peer and against its own best rate.
     """
     rows = finalists(frame)
-    rows = rows[rows["problem"].isin(rows.loc[rows["contestant"] == HERO, "problem"])]  # others are under way
     keys = [key for key in PROBLEMS if (rows["problem"] == key).any()]
     places = rows.assign(rank=rows.groupby("problem")["train loss"].rank()).groupby("contestant")["rank"].mean()
     lines = [f"| | {' | '.join(keys)} | step / Adam | state / Adam |", "|---" * (len(keys) + 3) + "|"]
