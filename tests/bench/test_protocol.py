@@ -18,6 +18,7 @@ from benchmarks.protocol import (
     Contest,
     budget_steps,
     charged_ratio,
+    cheapest,
     choices,
     measures,
     run,
@@ -207,6 +208,14 @@ def test_our_method_pays_the_upper_end_and_a_peer_the_lower(tmp_path):
     for name in ("kfqn", "muon", "adam"):
         results.add("step cost", METHODS[name], **COST)
     assert [charged_ratio(METHODS[name], results) for name in ("kfqn", "muon", "adam", "soap")] == [2.0, 1.8, 1.0, None]
+
+
+def test_of_methods_with_one_label_the_cheaper_is_a_contestant(tmp_path):
+    results = Results("P2", tmp_path)
+    both = [METHODS["muon"], METHODS["muon-bfloat16"], METHODS["adam"]]
+    results.add("step cost", both[0], **COST)
+    results.add("step cost", both[1], **{**COST, "to_adam": {"value": 1.5, "low": 1.4, "high": 1.6}})
+    assert cheapest(both, results) == both[1:]  # and Adam, of which nothing is known, stays
 
 
 def test_everything_is_chosen_at_the_short_horizon(tmp_path, monkeypatch):
