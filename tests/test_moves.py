@@ -188,3 +188,24 @@ def test_a_group_of_parameters_none_of_which_has_a_gradient_does_not_decay():
     optimizer.step()
     moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
     assert moved == [True, False, True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_decays_never_comes_to_the_numbers_that_a_processor_is_slow_with(dtype):
+    # A unit behind a bias of -100 passes nothing on: its weights have no gradient, and their momentum decays for ever.
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1)).to(dtype)
+    optimizer = KFQN(model, lr=0.0, momentum=0.5)
+    x = torch.randn(8, 3, dtype=dtype)
+    smallest = torch.finfo(torch.float32).tiny
+    for step in range(160):  # 0.5^160 is 7e-49
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        if step == 0:
+            with torch.no_grad():
+                model[0].bias[0] = -100.0
+        momentum = optimizer.layers["0"].M[0]
+        assert not ((momentum != 0) & (momentum.abs() < smallest)).any(), step
+    assert (momentum[0] == 0).all()
+    assert (momentum[1:] != 0).any()

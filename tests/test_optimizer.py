@@ -188,7 +188,7 @@ def test_heavy_ball_is_the_average_at_another_rate(step_length, monkeypatch):
     data = batches()
     train(averaged, KFQN(averaged, lr=0.05, step_length=step_length), data, 6)
 
-    def accumulate(moves, settings, finite, lengths):
+    def accumulate(moves, settings, finite, lengths, drop):
         for layer in ball_optimizer.layers.values():
             state = ball_optimizer.state
             for p in (layer.weight, layer.bias):

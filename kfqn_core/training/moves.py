@@ -26,6 +26,10 @@ from kfqn_core.training.steadiness import Steadiness
 Settings = Sequence[Mapping[str, Any]]
 Indices = tuple[int, int]
 
+# Of a unit that stopped being used M decays for ever, into numbers with which a CPU computes a hundred times slower. So
+# far below any length that counts (`length.SHORTEST`), and above those by more than it decays between two updates.
+NOTHING = 1e-30
+
 
 class Moves:
     """The average and the move of the layers of several groups.
@@ -57,7 +61,9 @@ class Moves:
         for members_of_kind in self._kinds(groups).values():
             self._lengths_of(members_of_kind)  # made now: in a step, the host would wait for its copies
 
-    def average(self, settings: Settings, finite: Tensor, lengths: Mapping[nn.Parameter, Tensor]) -> None:
+    def average(
+        self, settings: Settings, finite: Tensor, lengths: Mapping[nn.Parameter, Tensor], *, drop: bool = False
+    ) -> None:
         """`M <- momentum M + (1 - momentum) ([dW | db] + weight_decay [W | b])` where `finite` holds.
 
         A parameter without gradient keeps its momentum. A decoupled decay is no part of M.
@@ -66,6 +72,7 @@ class Moves:
             settings: the parameter groups of the optimizer.
             finite: bool scalar.
             lengths: of the gradients, by parameter.
+            drop: whether entries of M below `NOTHING` become zero.
         """
         of_weights = {id(group): index for group, (index, _) in self._groups}
         for (dtype, device), (steady, groups) in self._steady.items():
@@ -81,6 +88,8 @@ class Moves:
             # Where a step is skipped the weight is zero; but 0 times NaN is NaN, so what is not finite becomes zero.
             G.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
             flat.lerp_(G, finite.to(flat.device, flat.dtype) * (1.0 - of["momentum"]))
+            if drop:
+                torch.hardshrink(flat, NOTHING, out=flat)
 
     def move(self, settings: Settings, finite: Tensor) -> None:
         """`[W | b] <- [W | b] - lr length(D)` with `D = H_g M H_a` where `finite` holds, after a decoupled decay.

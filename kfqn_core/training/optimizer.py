@@ -190,7 +190,7 @@ class KFQN(torch.optim.Optimizer):
             for group, batch in batches.items():
                 group.observe(batch, finite.to(group.started.device), average=average, elsewhere=elsewhere)
             for moves in self.plan.moves:
-                moves.average(self.param_groups, finite, lengths)  # M <- mu M + (1 - mu) (G + tau W)
+                moves.average(self.param_groups, finite, lengths, drop=refresh)  # M <- mu M + (1 - mu) (G + tau W)
                 moves.move(self.param_groups, finite)  # D = H_g M H_a; W <- W - lr length(D)
             for params, settings in zip(self.plan.rest, self.param_groups, strict=True):
                 self.fallback.move([p for p in params if p.grad is not None], settings, finite)
