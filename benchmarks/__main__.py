@@ -1,4 +1,4 @@
-"""`python -m benchmarks step-cost | run | report | check | gpu`: see README.md."""
+"""`python -m benchmarks step-cost | run | report | check | authors | gpu`: see README.md."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from benchmarks import check, report, yours
+from benchmarks import authors, check, report, yours
 from benchmarks.costs import step_cost_table
 from benchmarks.gpu import script
 from benchmarks.methods import METHODS
@@ -76,6 +76,10 @@ def main(arguments: list[str] | None = None) -> int:
     sub = command("check", check.main, "does a short run order the methods as the results do?",
                   ["P1", "P2", "P3", "P5"], ["kfqn", "muon", "soap", "adam", "sgd"])  # fmt: skip
     sub.add_argument("--seeds", type=int, default=2, help="judged seeds")
+    sub = commands.add_parser("authors", help="K-BFGS beside its authors' log", description=authors.__doc__)
+    sub.set_defaults(function=authors.main)
+    sub.add_argument("--seeds", type=int, default=10)
+    sub.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     script.add_arguments(
         commands.add_parser("gpu", help="right, fast, good: all that a GPU shows", description=script.__doc__)
     )
