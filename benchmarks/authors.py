@@ -1,7 +1,7 @@
-"""The published method on the published problem, epoch by epoch beside its authors' log, with its safeguard and without.
+"""The published method on the published problem, epoch by epoch beside its authors' log, with a safeguard and without.
 
-`python -m benchmarks authors` trains K-BFGS at the authors' values on their MNIST autoencoder for ten epochs, on ten seeds,
-and writes every run to `results/authors.jsonl` as it ends; what is there is not run again.
+`python -m benchmarks authors` trains K-BFGS at the authors' values on their MNIST autoencoder for ten epochs, on ten
+seeds, and writes every run to `results/authors.jsonl` as it ends; what is there is not run again.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from kfqn_core.lab.training import evaluate, train
 
 __all__ = ["LOG", "main", "table"]
 
-# Training loss after epochs 1 to 10, K-BFGS with lr = 0.3 and lambda = 0.3: the log in the repository of the 2020 paper's
-# authors, renyiryry/kbfgs_neurips2020_public.
+# Training loss after epochs 1 to 10, K-BFGS with lr = 0.3 and lambda = 0.3: the log in the repository of the authors of
+# the 2020 paper, renyiryry/kbfgs_neurips2020_public.
 LOG = (169.0, 109.6, 85.2, 73.8, 68.0, 65.0, 63.2, 61.7, 60.6, 59.8)
 RATE = 0.3
 LOST = 1e5  # a loss that no run comes back from
