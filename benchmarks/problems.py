@@ -60,6 +60,17 @@ class Task:
         """The data and the model, made once."""
         return _made(self.make)
 
+    def constant_loss(self) -> float:
+        """The training loss of the best answer that does not look at its input: learning begins below it."""
+        y = self.problem.y_train
+        if self.likelihood == "categorical":
+            counts = torch.bincount(y[y >= 0]).double()  # a label below zero is none
+            return torch.special.entr(counts / counts.sum()).sum().item()
+        mean = y.double().mean(0)
+        if self.likelihood == "gaussian":
+            return self.problem.loss(mean.to(y.dtype).expand_as(y), y).item()
+        return (torch.special.entr(mean) + torch.special.entr(1 - mean)).sum().item()  # of all pixels
+
 
 @cache
 def _made(make: Callable[[], Problem]) -> Problem:

@@ -137,7 +137,12 @@ def score(record: dict[str, Any]) -> float:
 
 
 def measure_costs(task: Task, methods: Sequence[Method], results: Results, turns: int = TURNS) -> None:
-    """The cost of a step of every method against Adam's, in one sitting, unless all are known already."""
+    """The cost of a step of every method against Adam's, in one sitting, unless all are known already.
+
+    And, once for a problem, what an answer that does not look at its input would cost.
+    """
+    if not results.find("constant answer"):
+        results.add("constant answer", None, loss=task.constant_loss())
     if all(results.of("step cost", method) or results.of("failure", method) for method in methods):
         return
     for name, cost in step_costs(task, methods, turns=turns).items():

@@ -36,7 +36,8 @@ def table(frame: pd.DataFrame) -> str:
 
     Bold: the lowest mean, and every mean whose interval reaches into that of the lowest. Last columns: cost of a step
     and size of the state, smallest to largest over the problems. Methods stand in the order of their mean rank over
-    the problems; one without any result is left out. Below, how many seeds a mean has, and the default against the
+    the problems; one without any result is left out. Last comes what an answer costs that does not look at its input.
+    Below, how many seeds a mean has, and the default against the
     best peer and against its own best rate.
     """
     rows = finalists(frame)
@@ -49,6 +50,8 @@ def table(frame: pd.DataFrame) -> str:
         spans = [_span(own["step / Adam"]), _span(own["state / Adam"])]
         name = f"**{contestant}**" if contestant == HERO else contestant
         lines.append(f"| {' | '.join([name, *cells, *spans])} |")
+    constant = rows.groupby("problem")["constant answer"].first()
+    lines.append(f"| best constant answer | {' | '.join(f'{constant[key]:.4g}' for key in keys)} | | |")
     fewest, most = rows["seeds"].min(), rows["seeds"].max()
     seeds = f"{most}" if fewest == most else f"{fewest} to {most}"
     return "\n".join([*lines, "", f"Means over {seeds} judged seeds.", *verdicts(frame)])

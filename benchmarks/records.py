@@ -1,6 +1,7 @@
 """Results on disk: a file of JSON lines per problem, appended to as runs finish: an interrupted benchmark goes on.
 
-A line is an environment (named by a digest), or a step cost, a run or a failure, which refer to their environment.
+A line is an environment (named by a digest), or a step cost, a run, a failure or the loss of a constant answer, which
+refer to their environment.
 Numbers have five significant digits. A run is identified by what determines it: method and its settings, learning
 rate, seed and number of steps. Different problems may be run by different processes at the same time.
 """
@@ -46,14 +47,15 @@ class Results:
         """The records of a method with the settings that it has now."""
         return self.find(kind, method=method.name, settings=method.described(), **wanted)
 
-    def add(self, kind: str, method: Method, **fields: Any) -> dict[str, Any]:
-        """Append a record; it is on disk when this returns."""
+    def add(self, kind: str, method: Method | None, **fields: Any) -> dict[str, Any]:
+        """Append a record, of a method or of the problem itself; it is on disk when this returns."""
         here = environment()
         digest = hashlib.sha256(json.dumps(here, sort_keys=True).encode()).hexdigest()[:10]
         if not self.find("environment", id=digest):
             self._append({"kind": "environment", "id": digest, **here})
         record = rounded({
-            "kind": kind, "problem": self.problem, "method": method.name, "settings": method.described(), **fields,
+            "kind": kind, "problem": self.problem,
+            **({} if method is None else {"method": method.name, "settings": method.described()}), **fields,
             "date": datetime.now(UTC).strftime("%Y-%m-%d"), "environment": digest,
         })  # fmt: skip
         self._append(record)

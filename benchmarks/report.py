@@ -70,7 +70,11 @@ def _tables(frame: pd.DataFrame, folder: Path) -> str:
     for (key, horizon, budget, contest), part in frame.groupby(["problem", "horizon", "budget", "contest"], sort=False):
         equal = "wall time" if budget == "wall" else "steps"
         rate = "constant rate" if contest == "constant" else "any schedule"
-        parts += [f"## {TITLES[key]}: {horizon}x, equal {equal}, {rate}\n", HEADER, "|---" * 11 + "|"]
+        parts += [
+            f"## {TITLES[key]}: {horizon}x, equal {equal}, {rate}\n",
+            f"The best constant answer has a loss of {_number(part['constant answer'].iloc[0])}.\n",
+            HEADER, "|---" * 11 + "|",
+        ]  # fmt: skip
         for _, row in part.sort_values("train loss", na_position="last").iterrows():
             accuracy = row.get("best test accuracy")
             cells = (

@@ -54,6 +54,7 @@ def _rows(task: Task, method: Method, results: Results, horizon: int, budget: st
     ratio = charged_ratio(method, results)
     if ratio is None or task.steps is None:
         return []
+    constant = results.find("constant answer")
     cost = results.of("step cost", method)[-1]
     tuning_steps = budget_steps(task.steps, 1, ratio, "wall")
 
@@ -82,6 +83,7 @@ def _rows(task: Task, method: Method, results: Results, horizon: int, budget: st
             "step / Adam": cost["to_adam"]["value"], "step low": cost["to_adam"]["low"],
             "step high": cost["to_adam"]["high"], "step charged": ratio, "Adam ms": cost["adam_ms"],
             "state / Adam": cost["bytes_to_adam"], "losses": {seed: score(run) for seed, run in runs.items()},
+            "constant answer": constant[-1]["loss"] if constant else math.nan,
         })  # fmt: skip
     return rows
 
