@@ -22,13 +22,17 @@ METHODS = (
     "kfqn", "kbfgs-5", "kfqn-2022-5", "foof", "isaac", "sgd", "adam", "muon", "muon-bfloat16", "soap", "shampoo",
     "psgd", "kfac",
 )  # fmt: skip
+EVERYWHERE = {HERO, "Muon", "SOAP", "Adam", "SGD with momentum"}  # a problem that one of them lacks is under way
 
 
 def finalists(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `tables.summary` that README shows: the short horizon at equal wall time, under any schedule."""
+    """The rows of `tables.summary` that README shows: the short horizon at equal wall time, under any schedule.
+
+    And the problems that are finished.
+    """
     short = (frame["horizon"] == 1) & (frame["budget"] == "wall") & (frame["contest"] == "free")
     rows = frame[short & frame["method"].isin(METHODS)]
-    return rows[rows["problem"].isin(rows.loc[rows["contestant"] == HERO, "problem"])]  # others are under way
+    return rows[rows.groupby("problem")["contestant"].transform(lambda names: EVERYWHERE <= set(names))]
 
 
 def table(frame: pd.DataFrame) -> str:
@@ -60,7 +64,7 @@ def table(frame: pd.DataFrame) -> str:
 def verdicts(frame: pd.DataFrame) -> list[str]:
     """The default against the best peer on every problem, and against its own tuning, in sentences."""
     sentences = []
-    shown = frame[frame["method"].isin(METHODS)]
+    shown = frame[frame["method"].isin(METHODS) & frame["problem"].isin(finalists(frame)["problem"])]
     for contest, under in (("free", "every schedule allowed"), ("constant", "everyone at a constant rate")):
         table = against_peers(shown, contest)
         if not table.empty:
