@@ -32,7 +32,7 @@ def finalists(frame: pd.DataFrame) -> pd.DataFrame:
     """
     short = (frame["horizon"] == 1) & (frame["budget"] == "wall") & (frame["contest"] == "free")
     rows = frame[short & frame["method"].isin(METHODS)]
-    return rows[rows.groupby("problem")["contestant"].transform(lambda names: EVERYWHERE <= set(names))]
+    return rows[rows.groupby("problem")["contestant"].transform(lambda names: set(names) >= EVERYWHERE)]
 
 
 def table(frame: pd.DataFrame) -> str:

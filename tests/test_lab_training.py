@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from kfqn_core.lab.problems import Problem, pixel_cross_entropy
-from kfqn_core.lab.training import accuracy, batches, cosine, evaluate, train
+from kfqn_core.lab.training import accuracy, batches, cosine, evaluate, last_fifth, linear, train
 
 sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
@@ -158,8 +158,11 @@ def test_a_schedule_scales_every_learning_rate(problem):
     assert seen == [pytest.approx([0.1 * (1 - k / 5), 0.2 * (1 - k / 5)]) for k in (1, 2, 3, 4)]
 
 
-def test_the_cosine_schedule_warms_up_and_ends_at_zero():
-    assert [cosine(p) for p in (0, 0.01, 0.02, 0.51, 1)] == pytest.approx([0, 0.5, 1, 0.5, 0])
+def test_schedules_warm_up_and_end_at_zero():
+    points = (0, 0.01, 0.02, 0.51, 0.755, 1)
+    assert [cosine(p) for p in points] == pytest.approx([0, 0.5, 1, 0.5, 0.5 - 0.125**0.5, 0])
+    assert [linear(p) for p in points] == pytest.approx([0, 0.5, 1, 0.5, 0.25, 0])
+    assert [last_fifth(p) for p in (*points, 0.9)] == pytest.approx([0, 0.5, 1, 1, 1, 0, 0.5])
 
 
 @pytest.mark.parametrize("arguments", [{"steps": 0}, {"steps": 3, "eval_every": 0}])

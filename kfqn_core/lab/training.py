@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from kfqn_core.lab.problems import Problem
 
-__all__ = ["accuracy", "batches", "cosine", "evaluate", "last_fifth", "make_closure", "train"]
+__all__ = ["accuracy", "batches", "cosine", "evaluate", "last_fifth", "linear", "make_closure", "train"]
 
 WARM_UP = 0.02  # of the run
 
@@ -65,6 +65,11 @@ def cosine(progress: float) -> float:
     if progress < WARM_UP:
         return progress / WARM_UP
     return 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
+
+
+def linear(progress: float) -> float:
+    """A schedule: from 0 to 1 over the first 2 % of the run, then down to 0 along a straight line."""
+    return min(progress / WARM_UP, (1 - progress) / (1 - WARM_UP))
 
 
 def last_fifth(progress: float) -> float:
