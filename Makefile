@@ -99,7 +99,7 @@ mutants: setup ## who notices a small mistake in a room? tests and checks, tools
 
 FRAMEWORKS ?= $(BIN)/python
 frameworks: setup ## other people's models and trainers (transformers, Lightning, ...), those that FRAMEWORKS=python has
-	PYTHONPATH=. $(FRAMEWORKS) -m pytest -q -rs -p no:cacheprovider tests/frameworks
+	PYTHONPATH=. $(FRAMEWORKS) -m pytest -q -rs -p no:cacheprovider tests/frameworks tests/book/test_recipes.py
 
 bench: setup ## does a short benchmark order the methods as the committed results do? (15 minutes)
 	$(BIN)/python -m benchmarks check

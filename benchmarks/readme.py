@@ -11,7 +11,7 @@ from benchmarks.gpu import table as gpu
 from benchmarks.problems import TASKS
 from benchmarks.tables import HERO, against_peers, against_tuned
 
-__all__ = ["BEGIN", "END", "FIGURE", "GPU", "PROBLEMS", "README", "finalists", "table", "updated"]
+__all__ = ["BEGIN", "END", "FIGURE", "GPU", "PROBLEMS", "README", "finalists", "span", "table", "updated"]
 
 README = Path(__file__).parent.parent / "README.md"
 FIGURE = Path(__file__).parent / "figures" / "loss-against-time.svg"
@@ -51,7 +51,7 @@ def table(frame: pd.DataFrame) -> str:
     for contestant in places.sort_values(kind="stable").index:
         own = rows[rows["contestant"] == contestant].set_index("problem")
         cells = [_cell(rows[rows["problem"] == key], contestant) for key in keys]
-        spans = [_span(own["step / Adam"]), _span(own["state / Adam"])]
+        spans = [span(own["step / Adam"]), span(own["state / Adam"])]
         name = f"**{contestant}**" if contestant == HERO else contestant
         lines.append(f"| {' | '.join([name, *cells, *spans])} |")
     constant = rows.groupby("problem")["constant answer"].first()
@@ -96,7 +96,8 @@ def _cell(part: pd.DataFrame, contestant: str) -> str:
     return f"**{text}**" if row["train low"] <= best["train high"] else text
 
 
-def _span(values: pd.Series) -> str:
+def span(values: pd.Series) -> str:
+    """Smallest to largest, or the one value there is."""
     low, high = (f"{value:.2f}" for value in (values.min(), values.max()))
     return low if low == high else f"{low} to {high}"
 

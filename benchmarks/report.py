@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from benchmarks import readme
+from benchmarks import readme, recipes
 from benchmarks.methods import METHODS
 from benchmarks.plots import TITLES, frontier, wall_time
 from benchmarks.problems import TASKS
@@ -49,7 +49,8 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.results == RESULTS and everything:
         readme.README.write_text(readme.updated(frame), encoding="utf-8")
         _save(wall_time(readme.finalists(frame)), readme.FIGURE)
-        print(f"wrote the table of {readme.README} and {readme.FIGURE}")
+        recipes.PAGE.write_text(recipes.updated(frame), encoding="utf-8")
+        print(f"wrote the tables of {readme.README} and {recipes.PAGE}, and {readme.FIGURE}")
     return 0
 
 
