@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import re
+import socket
 import warnings
 from functools import partial
 
@@ -88,7 +89,9 @@ def program(tmp_path, monkeypatch):
     """A namespace to run blocks in: a folder of its own, a process group for one, and no C++ compiler."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29571"}.items():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
         monkeypatch.setenv(name, value)
     space = names()
     exec(NAMES, space)
