@@ -257,7 +257,7 @@ def test_summary_holds_default_and_tuned_rows_of_both_contests(tmp_path, monkeyp
         [(label, contest, "wall", 5) for label in labels for contest in ("free", "constant")]
         + [(label, "free", "steps", 10) for label in labels]
     )
-    expected = [score(r) for r in results.find("run", lr=0.03, schedule="cosine", steps=5) if r["seed"] > 2]
+    expected = [score(r) for r in results.find("run", lr=0.03, schedule="linear", steps=5) if r["seed"] > 2]
     row = frame[(frame["contestant"] == HERO) & (frame["budget"] == "wall") & (frame["contest"] == "free")].iloc[0]
     assert row["train loss"] == pytest.approx(sum(expected) / 2)
     assert row["seeds"] == 2

@@ -190,10 +190,11 @@ def test_readme_and_the_page_have_the_same_lines():
     assert LOOP.strip() in "\n".join(shown)
     adam = "optimizer = KFQN(model, lr=0.03)\nscheduler = "
     assert adam in "\n".join(shown)
-    assert f"{adam}CosineAnnealingLR(optimizer, steps)" in PAGE
-    assert "CosineAnnealingLR(optimizer, steps)" in lines
-    assert "A schedule that ends at zero is best on most problems" in " ".join(README.split())
-    assert "A schedule that ends at zero is best on most problems" in " ".join(PAGE.split())
+    decay = "LinearLR(optimizer, 1.0, 0.0, total_iters=steps)"
+    assert f"{adam}{decay}" in PAGE
+    assert decay in lines
+    assert "A rate that falls to zero along a line is best on most problems" in " ".join(README.split())
+    assert "A rate that falls to zero along a line is best on most problems" in " ".join(PAGE.split())
 
 
 def trained(scale=1.0, clip=None):
