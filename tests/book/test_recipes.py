@@ -152,7 +152,7 @@ def test_a_checkpoint_goes_on_as_if_nothing_had_happened(program):
     program["steps_done"] = [p.detach().clone() for p in program["model"].parameters()]
     exec(LOOP, program)
     end = [p.detach().clone() for p in program["model"].parameters()]
-    again = names(**{key: program[key] for key in ("KFQN", "CosineAnnealingLR", "torch")})
+    again = names(**{key: program[key] for key in ("KFQN", "LinearLR", "torch")})
     exec(made, again)
     exec(loading, again)
     assert all(map(torch.equal, again["model"].parameters(), program["steps_done"]))
