@@ -625,6 +625,7 @@ def test_sequences_train():
         ({"memory": 0, "pairs": "second_pass"}, "memory must be None or a whole number"),
         ({"mu1": 1.0}, "mu1 must be"),
         ({"momentum": 1.0}, "momentum must be"),
+        ({"decoupled_weight_decay": 1}, "decoupled_weight_decay must be True or False, got 1"),
         ({"pair_momentum": -0.1}, "pair_momentum must be"),
         ({"activation_decay": 1.0}, "activation_decay must be"),
         ({"weight_decay": -1e-5}, "weight_decay must be"),

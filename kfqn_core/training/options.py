@@ -151,7 +151,8 @@ def check_group(group: Mapping[str, Any]) -> None:
     betas = group["betas"]
     require("betas", betas, lambda v: isinstance(v, tuple | list) and len(v) == 2 and all(map(is_fraction, v)),
             "two numbers in [0, 1)")  # fmt: skip
-    require("curvature", group["curvature"], lambda value: isinstance(value, bool), "True or False")
+    for name in ("curvature", "decoupled_weight_decay"):
+        require(name, group[name], lambda value: isinstance(value, bool), "True or False")
 
 
 def require(name: str, value: Any, accepts: Callable[[Any], bool], expected: str) -> None:
