@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kfqn_core.estimate.statistics import Use
+
 
 def hear(h: Tensor, hook: Callable[[Tensor], None]) -> None:
     """Call `hook` with the gradient of `h` as it is now, whatever is done to `h` in place afterwards.
@@ -51,6 +53,20 @@ class _Save(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
         return None, None
+
+
+class Passing:
+    """What a backward that has yet to come to a weight has reached, and how it found the gradient last.
+
+    Attributes:
+        uses: that it has reached.
+        stale: whether the gradient was no longer that of the uses before.
+        accumulations: how often the gradient had been added to by then.
+    """
+
+    def __init__(self) -> None:
+        self.uses: list[Use] = []
+        self.stale, self.accumulations = False, 0
 
 
 def reach(leaf: Tensor) -> str:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from kfqn_core.estimate.graph import Saved, hear, reach
+from kfqn_core.estimate.graph import Passing, Saved, hear, reach
 from kfqn_core.estimate.statistics import Record, Use, serials, thin
 from kfqn_core.layers import Call, Part
 from kfqn_core.parallel.ranks import Ranks
@@ -159,10 +159,11 @@ class Watch:
         """Forget what was seen; a pass that backward has yet to reach lives in its graph."""
         self.empty = False
         self._uses: list[Use] = []
-        self._reached: list[tuple[int, Use]] = []  # by a backward that has yet to come to the weight
+        self._passing: dict[int, Passing] = {}  # backwards that have yet to come to the weight, by their number
         self._captured: list[Use] = []  # by `autograd.grad` for the weight, which accumulates nothing
         self._gradient: tuple[weakref.ref[Tensor], int] | None = None  # after the last accumulation, and its version
-        self._stale = self._thinned = False
+        self._accumulations = 0
+        self._thinned = False
         self.gradient_size: Tensor | None = None
 
     @property
@@ -234,9 +235,12 @@ class Watch:
         counts = reach(sight.leaf)
         if counts == "no":
             return
-        self._stale = self._cleared()
+        task = torch._C._current_graph_task_id()
+        passing = self._passing.setdefault(task, Passing()) if counts == "yes" else Passing()
+        passing.accumulations = self._accumulations  # first: another thread may come between the two lines
+        passing.stale = self._cleared(others=len(self._passing.keys() - {task}))
         last = None if sight.use is None else sight.use()
-        known = not self._stale and any(last is use for use in self._uses)  # an earlier backward has been here
+        known = not passing.stale and any(last is use for use in self._uses)  # an earlier backward has been here
         again = last is not None and known and counts != "captured"
         use = last if again and last is not None else sight.new_use(self.vectors)
         if self.outputs and sight.shows_h:
@@ -250,30 +254,38 @@ class Watch:
             if self.mode == "second pass":
                 self._uses.append(use)
             else:
-                self._reached.append((torch._C._current_graph_task_id(), use))
+                passing.uses.append(use)
 
-    def _cleared(self) -> bool:
-        """Whether the gradient is no longer the one that the uses so far have entered."""
+    def _cleared(self, others: int) -> bool:
+        """Whether the gradient is no longer the one that the uses so far have entered.
+
+        So many `others` are on their way to the weight, and may have added to it, and not yet said so.
+        """
         if self.mode == "second pass":
             return False
         grad = self._weight.grad
         if grad is None or self._gradient is None:
             return True
         last, version = self._gradient
-        return last() is not grad or grad._version != version
+        return last() is not grad or not 0 <= grad._version - version <= others
 
     def accumulated(self) -> None:
         """The gradient of the weight is there: what this backward has reached counts."""
         grad = self._weight.grad
-        if grad is None or not (self._reached or self.pending):
+        passing = self._passing.pop(torch._C._current_graph_task_id(), Passing())
+        if grad is None or not (passing.uses or self.pending):
             return
-        if self._stale or (self._gradient is not None and self._gradient[0]() is not grad):
+        # Another backward, of another thread or of a checkpoint inside this one, may have come here since this one
+        # looked at the gradient: what it has added is no sign that the gradient was cleared.
+        cleared = passing.stale and passing.accumulations == self._accumulations
+        # A gradient that has a graph of its own (create_graph) is added to by a new tensor.
+        replaced = self._gradient is not None and self._gradient[0]() is not grad and not torch.is_grad_enabled()
+        if cleared or replaced:
             self._uses.clear()
             self._captured.clear()
-        task = torch._C._current_graph_task_id()
-        self._uses += [use for of_task, use in self._reached if of_task == task]
-        self._reached.clear()
-        self._stale = self._thinned = False
+        self._uses += passing.uses
+        self._thinned = False
+        self._accumulations += 1
         self._gradient = weakref.ref(grad), grad._version
         if self.outputs:
             self.gradient_size = torch.linalg.vector_norm(grad.detach())

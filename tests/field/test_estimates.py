@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from kfqn_core import KFQN
-from tests.field.programs import H_of, difference, error, heard, inverse_of, mlp, randn, silence, still, train, values
+from tests.field.programs import H_of, difference, mlp, randn, silence, still, train, values
 
 
 def factor(program, make=lambda: mlp(5, 8, 1), layer="0", **options):
@@ -184,25 +184,3 @@ def test_two_threads_train_two_halves_of_a_model():
             optimizer.step()
             of_plain.step()
     assert difference(model, plain) < 1e-5
-
-
-def test_two_threads_through_one_model():
-    """Hogwild: the forwards and backwards of two threads through the same layers."""
-    model = mlp(5, 8, 3)
-    optimizer = KFQN(model, lr=0.0, activation_factor="action")
-    go = threading.Barrier(2)
-
-    def work(batch):
-        for _ in range(20):
-            go.wait()
-            (model(batch).square().mean() / 40).backward()
-
-    threads = [threading.Thread(target=work, args=(batch,)) for batch in (x, far)]
-    [t.start() for t in threads]
-    [t.join() for t in threads]
-    with heard() as messages:
-        optimizer.step()
-    assert not messages
-    eigenvalues = torch.linalg.eigvalsh(H_of(optimizer, "0"))
-    assert eigenvalues.min() > 0
-    assert error(H_of(optimizer, "0"), inverse_of(torch.cat([x, far]))) < 0.3
