@@ -166,6 +166,19 @@ def test_thinned_positions_of_sequences_are_all_there(T):
     assert len(use.x) <= 4096
 
 
+def test_what_was_written_over_is_not_thinned_but_forgotten():
+    """A copy could not be told from what the layer has seen."""
+    whole, spoilt, of_some_past = (torch.ones(40, 3) for _ in range(3))
+    of_some_past.add_(1)  # before the layer has seen it
+    uses = [Use(x, T=1, version=x._version) for x in (whole, spoilt, of_some_past)]
+    spoilt.mul_(7)
+    thin(uses, vectors=20)
+    for use in uses:
+        use.check()
+    assert [use.x is not None for use in uses] == [True, False, True]
+    assert sum(use.known for use in uses) == pytest.approx(80, abs=3)
+
+
 def test_what_is_not_known_is_asked_for_by_name():
     layer = LAYERS["linear"]().double()
     blind = record_of(layer, Use(None, 1, samples=3))

@@ -180,8 +180,7 @@ class Watch:
         self.clear()
         self.gradient_size, self.empty = size, empty
         for use in uses:
-            if use.x is not None and use.x._version != use.version:
-                use.x = None  # written over since
+            use.check()
         return Record(self.part.view, uses) if uses else None
 
     def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -342,15 +341,14 @@ class _Sight:
             use.samples = x.shape[0]
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             self.input = None  # the graph is passed for the last time, and its other tensors are freed as well
-        use.x = x
+        use.x, use.version = x, x._version
         if self.recomputed or (self.origin is not None and self.origin.expired()):
             # It was dropped, packed or moved to the host since the forward: memory is short.
             thin([use], entries=FEW * self.view.d_in)
         if vectors is not None:
             thin([use], vectors=vectors)
         if self.from_data and use.each == 1 and x.numel() <= SMALL:
-            use.x = x.clone()  # a buffer of the user's, who may fill it again before the step
-        use.version = use.x._version
+            use.x, use.version = x.clone(), 0  # a buffer of the user's, who may fill it again before the step
         return use
 
 

@@ -72,6 +72,11 @@ class Use:
         if self.samples < 0:
             self.samples = 0 if self.x is None else self.x.shape[0]
 
+    def check(self) -> None:
+        """Forget the input if it was written over since it was seen."""
+        if self.x is not None and self.x._version != self.version:
+            self.x = None
+
     @property
     def known(self) -> float:
         """The number of samples that those in `x` stand for."""
@@ -89,6 +94,8 @@ def thin(uses: Sequence[Use], *, vectors: float = math.inf, entries: float = mat
         vectors: how many input vectors are to be left, at most about.
         entries: how many numbers, as the layer gets them (where patches overlap, fewer than those of the vectors).
     """
+    for use in uses:
+        use.check()  # a copy would be of something else, and nobody could tell
     known = [use for use in uses if use.x is not None]
     kept_vectors = sum(use.x.shape[0] * use.T for use in known if use.x is not None)
     kept_entries = sum(use.x.numel() for use in known if use.x is not None)
@@ -100,7 +107,7 @@ def thin(uses: Sequence[Use], *, vectors: float = math.inf, entries: float = mat
     for use in uses:
         if use.x is not None:
             count = use.x.shape[0]
-            use.x = use.x[first::every].clone() if first < count else None
+            use.x, use.version = (use.x[first::every].clone() if first < count else None), 0
             use.each *= every
             first = (first - count) % every
 

@@ -62,6 +62,20 @@ def test_a_large_buffer_that_is_filled_again_is_never_taken_for_what_it_was():
     assert min(sure, untouched) < 1e-3  # the truth, or nothing
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_micro_batches_behind_an_operation_in_place(inplace):
+    """An input that was written over before its layer has seen it is the input, also where it is thinned."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(inplace=inplace), nn.Linear(8, 3))
+    optimizer = KFQN(model, lr=0.0, activation_factor="action")
+    batches = [randn(600, 5, seed=seed) * scale for seed, scale in enumerate((4.0, 4.0, 4.0, 1.0))]
+    with silence():
+        for batch in batches:
+            (model(batch).square().mean() / 4).backward()
+        optimizer.step()
+    assert error(H_of(optimizer, "2"), inverse_of(model[1](model[0](torch.cat(batches))))) < 0.3  # of some, all
+
+
 # -- checkpointing
 
 
