@@ -48,8 +48,8 @@ def curvature_layers(
 ) -> dict[str, Selected]:  # fmt: skip
     """The matrices of a model that can get Kronecker factors, by name.
 
-    One qualifies if `layers.parts` knows its module, its weight may move, is real and belongs to no other module. A
-    bias that may not move, or is shared, stays out of `[W | b]`.
+    One qualifies if `layers.parts` knows its module, its weight may move, is real, not empty, and belongs to no other
+    module. A bias that may not move, or is shared, stays out of `[W | b]`.
 
     Args:
         model: any module.
@@ -67,7 +67,9 @@ def curvature_layers(
             continue
         for part in own:
             weight = _parameter(module, part.weight)
-            if weight is None or uses[id(weight)] > 1 or not may_move(weight) or not weight.is_floating_point():
+            if weight is None or uses[id(weight)] > 1 or not may_move(weight):
+                continue
+            if not weight.is_floating_point() or not weight.numel():
                 continue
             bias = _parameter(module, part.bias) if part.bias else None
             if bias is not None and (uses[id(bias)] > 1 or not may_move(bias)):

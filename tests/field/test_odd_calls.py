@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from kfqn_core import KFQN
+from kfqn_core import KFQN, describe
 from tests.field.programs import (
     H_of,
     difference,
@@ -75,6 +75,31 @@ def test_zero_images_count_as_nothing(shape):
         assert torch.equal(H, H_of(optimizer, "0"))
         train(optimizer, lambda: model(x).square().mean() + model(torch.zeros(shape)).sum(), 2)
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+EMPTY = {
+    "no inputs": lambda: nn.Linear(0, 3),
+    "no outputs": lambda: nn.Linear(4, 0),
+    "no bias either": lambda: nn.Linear(4, 0, bias=False),
+}
+
+
+@pytest.mark.parametrize("make", EMPTY.values(), ids=EMPTY)
+def test_a_layer_without_weights_is_no_reason_to_stop(make):
+    """As models are built from numbers, one of which is zero: no additional features, no auxiliary classes."""
+    with pytest.warns(UserWarning, match="no-op"):
+        model = nn.ModuleDict({"fc": nn.Linear(4, 3), "odd": make()})
+    model.register_parameter("nothing", nn.Parameter(torch.empty(0)))
+    optimizer, x, before = KFQN(model), randn(8, 4), values(model)
+    with silence():
+        for _ in range(25):
+            optimizer.zero_grad()
+            odd = model["odd"](x[:, : model["odd"].in_features])
+            (model["fc"](x).square().mean() + (odd - 1).square().sum() + model.nothing.sum()).backward()
+            optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert still(model, before) == {name for name, p in model.named_parameters() if not p.numel()}
+    assert describe(model).state_bytes <= describe(model).adam_bytes + 5
 
 
 def test_an_unbatched_sample_is_one_sample():
