@@ -241,7 +241,8 @@ class Plan:
         flags = [None if p is None else (p.requires_grad, p.dtype, p.device) for p in params]
         groups: list[Any] = [(len(group["params"]), group["curvature"]) for group in param_groups]
         loose = [p.requires_grad for group in param_groups for p in group["params"]]
-        return params + children, flags + groups + loose
+        names = [name for module in modules for name in module._parameters]  # pruning only gives a weight another one
+        return params + children, flags + groups + loose + names
 
     @property
     def device_type(self) -> str:

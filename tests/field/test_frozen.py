@@ -164,6 +164,29 @@ def test_further_parameters_of_a_convolution_move():
     assert not still(model, before)
 
 
+RENAMED = {
+    "a mask": (lambda layer: prune.l1_unstructured(layer, "weight", 0.3), lambda layer: prune.remove(layer, "weight")),
+    "old spectral_norm": (torch.nn.utils.spectral_norm, torch.nn.utils.remove_spectral_norm),
+}
+
+
+@pytest.mark.parametrize(("apply", "remove"), RENAMED.values(), ids=RENAMED)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_weight_that_gets_another_name_and_its_own_again(apply, remove, bias):
+    """The parameter stays the same; what the layer computes with it does not."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(5, 8, bias=bias), nn.Tanh(), nn.Linear(8, 3)), randn(16, 5)
+    optimizer = KFQN(model)
+    with silence():
+        for change, layers in ((None, {"0", "2"}), (apply, {"2"}), (remove, {"0", "2"})):
+            if change:
+                change(model[0])
+            before = values(model)
+            train(optimizer, lambda: (model(x) - 1).square().mean(), 4)
+            assert not still(model, before)
+            assert set(optimizer.layers) == layers
+
+
 APPLIED_LATER = {
     "weight_norm": lambda layer: parametrizations.weight_norm(layer),
     "old weight_norm": lambda layer: torch.nn.utils.weight_norm(layer),
