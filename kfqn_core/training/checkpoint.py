@@ -35,9 +35,11 @@ def states(plan: Plan, fallback: Fallback) -> defaultdict[Tensor, Any]:
 
 
 def unpacked(
-    state_dict: Mapping[str, Any], params: Sequence[Tensor]
+    state_dict: Mapping[str, Any], params: Sequence[Tensor], defaults: Mapping[str, Any]
 ) -> tuple[dict[Tensor, Mapping[str, Tensor]], list[dict[str, Any]], tuple[Any, ...]]:
     """A saved state as the state of `params` in their order, the parameter groups, and the counters.
+
+    What a group says nothing of, since it was saved before there was such a setting, is as in `defaults`.
 
     Raises:
         ValueError: if it is no state of KFQN that can be loaded, or one for another number of parameters.
@@ -50,6 +52,7 @@ def unpacked(
     groups = [dict(group) for group in state_dict.get("param_groups", [])]
     if not groups or any(counter not in group for group in groups for counter in COUNTERS):
         raise ValueError(f"this is not a state of KFQN: its keys are {sorted(state_dict)}")
+    groups = [{**defaults, "peak_lr": group.get("lr", defaults["lr"]), **group} for group in groups]
     counters = [tuple(group[counter] for counter in COUNTERS) for group in groups]
     indices = [i for group in groups for i in group["params"]]
     if len(indices) != len(params):

@@ -290,7 +290,7 @@ class KFQN(torch.optim.Optimizer):
             ValueError: if the state was saved by another optimizer, with other options, or for another model.
         """
         self._follow_model()
-        saved, groups, counters = checkpoint.unpacked(state_dict, self._params())
+        saved, groups, counters = checkpoint.unpacked(state_dict, self._params(), self.defaults)
         checkpoint.adopt_history(self, saved)
         super().load_state_dict({"state": {}, "param_groups": groups})
         checkpoint.load(self.plan, self.fallback, saved)

@@ -87,3 +87,22 @@ def test_a_state_that_does_not_fit_changes_nothing(other):
     now = optimizer.state_dict()
     assert all(torch.equal(now["state"][i][k], v) for i, of in kept["state"].items() for k, v in of.items())
     assert list(optimizer.layers) == ["a"]
+
+
+@pytest.mark.parametrize("key", ["peak_lr", "fallback_lr", "eps", "betas", "curvature", "decoupled_weight_decay"])
+def test_a_setting_that_a_saved_group_does_not_know_is_the_optimizers(key):
+    """It was saved before there was such a setting; torch's optimizers fill in their defaults."""
+    torch.manual_seed(0)
+    model, x = Functional(), torch.randn(16, 4)
+    optimizer = KFQN(model, lr=0.02)
+    with heard():
+        train(optimizer, lambda: (model(x) - 1).square().mean(), 3)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for group in saved["param_groups"]:
+        del group[key]
+    twin = copy.deepcopy(model)
+    other = KFQN(twin, lr=0.02)
+    other.load_state_dict(saved)
+    for network, its in ((model, optimizer), (twin, other)):
+        train(its, lambda network=network: (network(x) - 1).square().mean(), 4)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
