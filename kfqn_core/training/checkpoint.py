@@ -5,8 +5,9 @@ So it passes through everything that knows `torch.optim`: `torch.save`, `torch.d
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,6 +60,21 @@ def unpacked(
         raise ValueError(f"the saved state is of {len(indices)} parameters, and this optimizer has {len(params)}")
     saved = {p: state_dict["state"].get(i, {}) for i, p in zip(indices, params, strict=True)}
     return saved, groups, counters[0]
+
+
+@contextmanager
+def changed_by_hooks(optimizer: KFQN, state_dict: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What the user's `register_load_state_dict_pre_hook` make of a saved state. Inside, torch calls them no more."""
+    hooks = optimizer._optimizer_load_state_dict_pre_hooks
+    state_dict = state_dict.copy()
+    for hook in hooks.values():
+        changed = hook(optimizer, state_dict)
+        state_dict = state_dict if changed is None else changed
+    optimizer._optimizer_load_state_dict_pre_hooks = OrderedDict()
+    try:
+        yield state_dict
+    finally:
+        optimizer._optimizer_load_state_dict_pre_hooks = hooks
 
 
 def adopt_history(optimizer: KFQN, saved: Mapping[Any, Mapping[str, Tensor]]) -> None:

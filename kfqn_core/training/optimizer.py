@@ -242,10 +242,8 @@ class KFQN(torch.optim.Optimizer):
             self._make_plan()
 
     def _make_plan(self) -> None:
-        self.plan = Plan(
-            self._model, self._options, self.param_groups, self._ranks, self.fallback, self._refused, self.plan,
-            self._device,
-        )  # fmt: skip
+        self.plan = Plan(self._model, self._options, self.param_groups, self._ranks, self.fallback, self._refused,
+                         self.plan, self._device)  # fmt: skip
         self._names = dict(self._model.named_parameters())
 
     def _params(self) -> list[nn.Parameter]:
@@ -290,9 +288,10 @@ class KFQN(torch.optim.Optimizer):
             ValueError: if the state was saved by another optimizer, with other options, or for another model.
         """
         self._follow_model()
-        saved, groups, counters = checkpoint.unpacked(state_dict, self._params(), self.defaults)
-        checkpoint.adopt_history(self, saved)
-        super().load_state_dict({"state": {}, "param_groups": groups})
+        with checkpoint.changed_by_hooks(self, state_dict) as state_dict:
+            saved, groups, counters = checkpoint.unpacked(state_dict, self._params(), self.defaults)
+            checkpoint.adopt_history(self, saved)
+            super().load_state_dict({"state": {}, "param_groups": groups})
         checkpoint.load(self.plan, self.fallback, saved)
         self._steps, skipped, self._warm_started = counters
         self._skips.counts.copy_(torch.tensor([skipped, 0], device="cpu"))

@@ -106,3 +106,26 @@ def test_a_setting_that_a_saved_group_does_not_know_is_the_optimizers(key):
     for network, its in ((model, optimizer), (twin, other)):
         train(its, lambda network=network: (network(x) - 1).square().mean(), 4)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_hooks_before_loading_change_what_is_loaded():
+    """`register_load_state_dict_pre_hook`: one unpacks a file of its own form, the next begins the momentum anew."""
+    torch.manual_seed(0)
+    model, x = deep(), torch.randn(16, 40)
+    optimizer = KFQN(model)
+    train(optimizer, lambda: (model(x) - 1).square().mean(), 3)
+    saved = {"wrapped": copy.deepcopy(optimizer.state_dict())}
+
+    def without_momentum(_, state_dict):
+        for of_parameter in state_dict["state"].values():
+            of_parameter["M"].zero_()
+        state_dict["param_groups"][0]["lr"] = 0.5
+
+    optimizer.register_load_state_dict_pre_hook(lambda _, state_dict: state_dict["wrapped"])
+    optimizer.register_load_state_dict_pre_hook(without_momentum)
+    H = optimizer.layers["0"].activation.H.clone()
+    optimizer.load_state_dict(saved)
+    assert all(layer.M.abs().max() == 0 for layer in optimizer.layers.values())
+    assert torch.equal(optimizer.layers["0"].activation.H, H)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    optimizer.load_state_dict({"wrapped": optimizer.state_dict()})  # the hooks are still there
