@@ -6,7 +6,7 @@ So it passes through everything that knows `torch.optim`: `torch.save`, `torch.d
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +22,16 @@ if TYPE_CHECKING:
 COUNTERS = ("steps", "skipped_steps", "warm_started")
 
 
-def states(plan: Plan, fallback: Fallback) -> defaultdict[Tensor, Any]:
-    """The state of every parameter by name, views of what the groups hold: made here, and not kept."""
+def states(optimizer: KFQN) -> defaultdict[Tensor, Any]:
+    """The state of every parameter by name, views of what the groups hold: made here, and not kept.
+
+    Of every parameter that may move now: who loads a state asks here what there is to be loaded.
+    """
     state: defaultdict[Tensor, Any] = defaultdict(dict)
+    if optimizer.plan is None:
+        return state
+    optimizer._follow_model()
+    plan, fallback = optimizer.plan, optimizer.fallback
     for group, _ in plan.groups:
         for i, layer in enumerate(group.layers):
             state[layer.weight], bias = group.state(i)
@@ -85,17 +92,33 @@ def adopt_history(optimizer: KFQN, saved: Mapping[Any, Mapping[str, Tensor]]) ->
     """
     before = optimizer.plan, optimizer._refused
     try:
-        optimizer._refused = frozenset()
-        optimizer._make_plan()
-        kinds, left = forms(optimizer.plan, saved)
-        optimizer.plan.kinds |= kinds
-        optimizer._refused = frozenset(left)
-        optimizer._make_plan()
-        check(optimizer.plan, optimizer.fallback, saved)
+        with _trainable(p for p, state in saved.items() if state):
+            optimizer._refused = frozenset()
+            optimizer._make_plan()
+            plan = optimizer.plan
+            kinds, left = forms(plan, saved)
+            plan.kinds |= kinds
+            plan.moved |= {name for name in plan.places if saved[plan.layer(name).weight]} - left
+            optimizer._refused = frozenset(left)
+            optimizer._make_plan()
+            check(optimizer.plan, optimizer.fallback, saved)
     except ValueError:
         optimizer.plan, optimizer._refused = before
         optimizer._make_plan()
         raise
+
+
+@contextmanager
+def _trainable(params: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, none of these is frozen: what was saved of one was learnt when it was not, and is kept while it is."""
+    frozen = [p for p in params if not p.requires_grad]
+    for p in frozen:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
 
 
 def forms(plan: Plan, saved: Mapping[Any, Mapping[str, Tensor]]) -> tuple[dict[str, str], set[str]]:

@@ -97,7 +97,7 @@ def describe(model: nn.Module, example: Any = None, **options: Any) -> Descripti
         size = _size((*weight.values(), *bias.values()))
         rows.append(Row(name, "Kronecker", (view.d_out, view.d_in), locations.get(name), factors, size))
     for p in (p for params in plan.rest for p in params):
-        state = optimizer.state[p]
+        state = optimizer.fallback.state[p]
         kind = "Adam" if "exp_avg" in state else "momentum"
         rows.append(Row(names.get(id(p), "-"), kind, tuple(p.shape), None, "-", _size(state.values())))
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -263,7 +263,7 @@ class KFQN(torch.optim.Optimizer):
     @property
     def state(self) -> defaultdict[Tensor, Any]:
         """The state of every parameter by name: views of what the groups of layers own."""
-        return defaultdict(dict) if self.plan is None else checkpoint.states(self.plan, self.fallback)
+        return checkpoint.states(self)
 
     @state.setter
     def state(self, value: Any) -> None:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint import state_dict as dcp
 
 from kfqn_core import KFQN
 from tests.field.programs import heard, train
@@ -129,3 +130,54 @@ def test_hooks_before_loading_change_what_is_loaded():
     assert torch.equal(optimizer.layers["0"].activation.H, H)
     assert optimizer.param_groups[0]["lr"] == 0.5
     optimizer.load_state_dict({"wrapped": optimizer.state_dict()})  # the hooks are still there
+
+
+@pytest.mark.parametrize("frozen", ["0.weight 0.bias", "2.weight 2.bias", "1.weight"])
+def test_what_rests_when_a_run_is_resumed_has_what_it_had(frozen):
+    """Frozen after it was trained, then saved, resumed, and unfrozen: layers with curvature, and Adam's parameters."""
+
+    def network():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(40, 40), nn.LayerNorm(40), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 3))
+
+    def freeze(model, now):
+        for name in frozen.split():
+            model.get_parameter(name).requires_grad_(not now)
+
+    x, model, twin = torch.randn(16, 40), network(), network()
+    optimizer = KFQN(model)
+    train(optimizer, lambda: (model(x) - 1).square().mean(), 3)
+    freeze(model, True)
+    train(optimizer, lambda: (model(x) - 1).square().mean(), 3)
+    freeze(twin, True)
+    other = KFQN(twin)
+    twin.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert not any(twin.get_parameter(name).requires_grad for name in frozen.split())
+    for rests in (True, False):
+        for its_model, its in ((model, optimizer), (twin, other)):
+            freeze(its_model, rests)
+            train(its, lambda m=its_model: (m(x) - 1).square().mean(), 3)
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"flatten_optimizer_state_dict": True}, {"full_state_dict": True}])
+def test_what_was_unfrozen_since_is_loaded_through_distributed_checkpoint(options):
+    settings, x = dcp.StateDictOptions(**options), torch.linspace(-1, 1, 640).view(16, 40)
+
+    def make():
+        torch.manual_seed(0)
+        model = deep()
+        model[2].requires_grad_(False)
+        optimizer = KFQN(model)
+        model[2].requires_grad_(True)
+        return model, optimizer
+
+    (model, optimizer), (twin, other) = make(), make()
+    train(optimizer, lambda: (model(x) - 1).square().mean(), 3)
+    optimizer.zero_grad()
+    of_model, of_optimizer = copy.deepcopy(dcp.get_state_dict(model, optimizer, options=settings))
+    dcp.set_state_dict(twin, other, model_state_dict=of_model, optim_state_dict=of_optimizer, options=settings)
+    for network, its in ((model, optimizer), (twin, other)):
+        train(its, lambda network=network: (network(x) - 1).square().mean(), 3)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
