@@ -130,7 +130,7 @@ class Plan:
             # A layer that has been trained keeps the form of its factor, if it is still the same matrix.
             given = {
                 i: last.kinds[name] for i, (name, layer) in enumerate(layers.items())
-                if last is not None and name in last.kinds and last.layer(name).view.d_in == layer.view.d_in
+                if last is not None and last.has_learnt(name) and last.layer(name).view.d_in == layer.view.d_in
             }  # fmt: skip
             kinds = activation_factors(views, self.options.rank, given)
         return dict(zip(layers, kinds, strict=True))
@@ -154,6 +154,11 @@ class Plan:
             for side, (own, saved) in enumerate(zip(group.state(i), (weight, bias), strict=True)):
                 if "M" in own and "M" in saved and own["M"].shape == saved["M"].shape and not saved["M"].is_meta:
                     group.load_momentum(i, side, saved["M"])
+
+    def has_learnt(self, name: str) -> bool:
+        """Whether a layer of that name was moved, or has a first estimate."""
+        group, i = self.places.get(name, (None, 0))
+        return group is not None and (name in self.moved or i not in group.unsettled)
 
     def resting(self) -> set[int]:
         """The parameters, by `id`, of layers that were trained and are frozen now: what was learnt of them is kept."""

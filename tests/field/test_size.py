@@ -94,6 +94,28 @@ def test_the_state_of_a_layer_that_is_added_is_at_most_adams_too():
     assert held <= sum(2 * p.numel() * p.element_size() + 4 for p in model.parameters())
 
 
+@pytest.mark.parametrize("warm", [False, True])
+def test_the_state_of_a_head_whose_backbone_is_frozen_later_is_at_most_adams(warm):
+    """The forms of H_a were chosen for all layers together; what has learnt nothing by then is no part of it."""
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Linear(16, 600), nn.Tanh(), nn.Linear(600, 256), nn.Tanh(), nn.Linear(256, 4)),
+        randn(8, 16),
+    )
+    optimizer = KFQN(model)
+    assert optimizer.plan.kinds["4"] == "action"
+    if warm:
+        optimizer.warm_start([x])
+    model[:4].requires_grad_(False)
+    with silence():
+        train(optimizer, lambda: model(x).square().mean(), 2)
+    held = sum(t.numel() * t.element_size() for of in optimizer.state.values() for t in of.values())
+    if warm:  # which is learnt
+        assert optimizer.plan.kinds["4"] == "action"
+    else:
+        assert held <= sum(2 * p.numel() * p.element_size() + 4 for p in model[4].parameters())
+
+
 # -- memory while training
 
 
