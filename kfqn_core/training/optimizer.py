@@ -215,8 +215,7 @@ class KFQN(torch.optim.Optimizer):
             raise RuntimeError("the hooks of this optimizer were removed, so that it sees nothing: make a new KFQN")
         self._ranks.require_group()
         if changed := self._follow_model():
-            for name in self.plan.new:  # what was seen of it was another matrix, or nothing
-                records.pop(name, None)
+            self.plan.adopt(records)
         unseen, elsewhere = self.plan.survey(records)
         if not changed and (unseen := self.plan.unexplained(unseen)):
             say_unseen(self.plan, unseen, ever=bool(self._refused) or len(unseen) < len(self.plan.places))

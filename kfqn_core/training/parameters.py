@@ -61,7 +61,12 @@ def follow(
         Pairs of a parameter that is gone and the one in its place.
     """
     now = dict(model.named_parameters())
-    replaced = [(old, now[name]) for name, old in known.items() if name in now and now[name] is not old]
+    # What is still there under another name (a layer was inserted or taken out before it) was not replaced.
+    here, before = {id(p) for p in now.values()}, {id(p) for p in known.values()}
+    replaced = [
+        (old, now[name]) for name, old in known.items()
+        if name in now and id(old) not in here and id(now[name]) not in before
+    ]  # fmt: skip
     new_of = {id(old): new for old, new in replaced}
     for group in groups:
         group["params"] = [new_of.get(id(p), p) for p in group["params"]]

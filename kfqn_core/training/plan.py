@@ -2,8 +2,8 @@
 
 A parameter may be frozen, unfrozen, moved to another device, cast, replaced (`load_state_dict(assign=True)`) or added
 (an adapter) after the optimizer was made. The plan notices by looking, once a step, at objects and flags that the host
-holds; what was learnt of a layer goes along into the next plan by its name. A layer that has been trained stays in the
-plan while it is frozen, as torch's optimizers keep its state.
+holds; what was learnt of a layer goes along into the next plan with its weight. A layer that has been trained stays in
+the plan while it is frozen, as torch's optimizers keep its state.
 """
 
 from __future__ import annotations
@@ -76,13 +76,16 @@ class Plan:
             trained = p.requires_grad or id(p) in resting
             return trained and id(p) in where and param_groups[where[id(p)]]["curvature"]
 
+        layers = curvature_layers(model, may_move)
+        former = self._former = {} if last is None else _former_names(layers, last)
+        moved = set() if last is None else {name for name, old in former.items() if old in last.moved}
         layers = {
-            name: layer for name, layer in curvature_layers(model, may_move).items()
-            if name not in refused and (layer.weight.requires_grad or (last is not None and name in last.moved))
+            name: layer for name, layer in layers.items()
+            if name not in refused and (layer.weight.requires_grad or name in moved)
         }  # fmt: skip
         if options.pairs is not None:
             layers = {name: layer for name, layer in layers.items() if layer.part.shows_h}
-        self.kinds = self._kinds(layers, last)
+        self.kinds = self._kinds(layers, last, former)
         members: dict[tuple[Any, ...], list[Selected]] = {}
         for name, layer in layers.items():
             of = tuple(where[id(p)] for p in (layer.weight, layer.bias if layer.bias is not None else layer.weight))
@@ -109,10 +112,10 @@ class Plan:
         for name in self.hooks:
             self.hooks[name].vectors = ROWS if few else None
         self.new: set[str] = set()
-        self.moved: set[str] = set() if last is None else last.moved & self.places.keys()
+        self.moved: set[str] = moved & self.places.keys()
         self._watched: dict[int, Any] = {}  # by group, what its hooks were told last
         if last is not None:
-            self._take_over(last)
+            self._take_over(last, former)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key not in ("moves", "_watched")}
@@ -122,27 +125,28 @@ class Plan:
         self._watched = {}
         self.moves = _moves(self.groups)  # anew: views do not come out of a pickle as views
 
-    def _kinds(self, layers: Mapping[str, Selected], last: Plan | None) -> dict[str, str]:
+    def _kinds(self, layers: Mapping[str, Selected], last: Plan | None, former: Mapping[str, str]) -> dict[str, str]:
         views = [layer.view for layer in layers.values()]
         if self.options.activation_factor != "auto":
             kinds = ["diagonal" if view.diagonal_only else self.options.activation_factor for view in views]
         else:
             # A layer that has been trained keeps the form of its factor, if it is still the same matrix.
             given = {
-                i: last.kinds[name] for i, (name, layer) in enumerate(layers.items())
-                if last is not None and last.has_learnt(name) and last.layer(name).view.d_in == layer.view.d_in
+                i: last.kinds[old] for i, (name, layer) in enumerate(layers.items())
+                if last is not None and (old := former.get(name)) is not None and last.has_learnt(old)
+                and last.layer(old).view.d_in == layer.view.d_in
             }  # fmt: skip
             kinds = activation_factors(views, self.options.rank, given)
         return dict(zip(layers, kinds, strict=True))
 
-    def _take_over(self, last: Plan) -> None:
+    def _take_over(self, last: Plan, former: Mapping[str, str]) -> None:
         """What was learnt of a layer goes along; of another matrix in its place (a bias was frozen), the momentum."""
         last.hooks.remove()
         for name, (group, i) in self.places.items():
-            if name not in last.places:
+            if name not in former:
                 self.new.add(name)
                 continue
-            old, j = last.places[name]
+            old, j = last.places[former[name]]
             weight, bias = old.state(j)
             alike = (old.kind, old.size[1:]) == (group.kind, group.size[1:])
             if alike and weight["M"].shape == group.layers[i].weight.shape and not old.started.is_meta:
@@ -155,10 +159,16 @@ class Plan:
                 if "M" in own and "M" in saved and own["M"].shape == saved["M"].shape and not saved["M"].is_meta:
                     group.load_momentum(i, side, saved["M"])
 
+    def adopt(self, records: dict[str, Record]) -> None:
+        """Give what hooks of the last plan have seen the names of this one; what is another matrix now is dropped."""
+        seen = {name: records.get(old) for name, old in self._former.items() if name in self.places.keys() - self.new}
+        records.clear()
+        records.update((name, record) for name, record in seen.items() if record is not None)
+
     def has_learnt(self, name: str) -> bool:
-        """Whether a layer of that name was moved, or has a first estimate."""
-        group, i = self.places.get(name, (None, 0))
-        return group is not None and (name in self.moved or i not in group.unsettled)
+        """Whether the layer of that name was moved, or has a first estimate."""
+        group, i = self.places[name]
+        return name in self.moved or i not in group.unsettled
 
     def resting(self) -> set[int]:
         """The parameters, by `id`, of layers that were trained and are frozen now: what was learnt of them is kept."""
@@ -276,6 +286,22 @@ class Plan:
         ]
         rest = [t for params in self.rest for p in params for t in fallback.state[p].values()]
         return sum(t.numel() * t.element_size() for t in (*layers, *rest) if isinstance(t, Tensor))
+
+
+def _former_names(layers: Mapping[str, Selected], last: Plan) -> dict[str, str]:
+    """By name, what layers were called in the last plan, if they were there.
+
+    A layer is where its weight is, under whatever name; or, where a weight was replaced, under the name it had. One
+    that was frozen and put somewhere else (into an adapter) is let go.
+    """
+    names = {id(last.layer(name).weight): name for name in last.places}
+    here = {id(layer.weight) for layer in layers.values()}
+    former = {
+        name: old for name, layer in layers.items()
+        if (old := names.get(id(layer.weight))) is not None and (layer.weight.requires_grad or name == old)
+    }  # fmt: skip
+    replaced = (name for name in layers if name not in former and name in last.places)
+    return former | {name: name for name in replaced if id(last.layer(name).weight) not in here}
 
 
 def _pieces(layers: list[Selected]) -> Iterator[list[Selected]]:

@@ -264,3 +264,32 @@ def test_a_head_replaced_later_trains_and_the_old_one_is_let_go():
     assert len(still(old, of_old)) == 2
     assert error(H_of(optimizer, "0"), inverse_of(x)) < 1
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} == set(map(id, model.parameters()))
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("change", ["taken out", "put in"])
+def test_layers_that_get_other_names_keep_what_is_theirs(change, given):
+    """A layer less, or more, before them in an `nn.Sequential`: what was learnt stays with the weight, as in Adam."""
+    x, runs = randn(16, 5), []
+    for renamed in (True, False):
+        torch.manual_seed(0)
+        first, more = [nn.Linear(5, 8), nn.LayerNorm(8)], [nn.Linear(8, 8), nn.LayerNorm(8)]
+        rest, other = [nn.Linear(8, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3)], [nn.Identity(), nn.Identity()]
+        begin, end = (more, other) if change == "taken out" else (other, more)
+        if renamed:
+            begin, end = ([layer for layer in layers if layer not in other] for layers in (begin, end))
+        model = nn.Sequential(*first, *begin, *rest)
+        optimizer = KFQN(model, params=list(model.parameters()) if given else None)
+        with silence():
+            train(optimizer, lambda: (model(x) - 1).square().mean(), 5)  # noqa: B023 - called at once
+            for i in reversed(range(2, 2 + len(begin))):
+                del model[i]
+            for i, layer in enumerate(end):
+                model.insert(2 + i, layer)
+            if given and change == "put in":
+                optimizer.add_param_group({"params": [p for layer in more for p in layer.parameters()]})
+            train(optimizer, lambda: (model(x) - 1).square().mean(), 5)  # noqa: B023
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        assert len(held) == len(set(held))
+        runs.append(model)
+    assert difference(*runs) < 1e-6
