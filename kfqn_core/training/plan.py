@@ -251,12 +251,12 @@ class Plan:
         """Every module and parameter of the model, and all flags that the plan depends on."""
         if modules is None:
             self._modules = modules = list(self.model.modules())
-        params = [p for module in modules for p in module._parameters.values()]
+        named = [item for module in modules for item in module._parameters.items()]
+        params, names = [p for _, p in named], [name for name, _ in named]  # pruning only gives a weight another name
         children = [child for module in modules for child in module._modules.values()]
         flags = [None if p is None else (p.requires_grad, p.dtype, p.device) for p in params]
         groups: list[Any] = [(len(group["params"]), group["curvature"]) for group in param_groups]
         loose = [p.requires_grad for group in param_groups for p in group["params"]]
-        names = [name for module in modules for name in module._parameters]  # pruning only gives a weight another one
         return params + children, flags + groups + loose + names
 
     @property

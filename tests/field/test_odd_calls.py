@@ -77,6 +77,20 @@ def test_zero_images_count_as_nothing(shape):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+def test_a_scripted_module_beside_a_layer():
+    """Its tables are not those of Python: its parameters are Adam's."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"scripted": torch.jit.script(nn.Linear(5, 8)), "fc": nn.Linear(8, 4)})
+    with heard() as messages:
+        optimizer = KFQN(model)
+    x, before = randn(8, 5), values(model)
+    with silence():
+        train(optimizer, lambda: model["fc"](torch.tanh(model["scripted"](x))).square().mean(), 4)
+    assert len(messages) == 1  # less than half is covered
+    assert not still(model, before)
+    assert set(optimizer.layers) == {"fc"}
+
+
 EMPTY = {
     "no inputs": lambda: nn.Linear(0, 3),
     "no outputs": lambda: nn.Linear(4, 0),
