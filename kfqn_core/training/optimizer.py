@@ -22,7 +22,7 @@ from kfqn_core.training.finite import Skips, all_finite, note_scale
 from kfqn_core.training.layer import Layer
 from kfqn_core.training.options import Options, check_group, refreshes
 from kfqn_core.training.pairs import SamePoint, source
-from kfqn_core.training.parameters import follow, follow_peaks, groups_of, refuse_sparse, require_model
+from kfqn_core.training.parameters import device_of, follow, follow_peaks, groups_of, refuse_sparse, require_model
 from kfqn_core.training.plan import Plan
 from kfqn_core.training.report import judge_coverage, say_unseen, summary
 from kfqn_core.training.rounds import first_round, second_round, seen, update
@@ -102,7 +102,7 @@ class KFQN(torch.optim.Optimizer):
             "decoupled_weight_decay": decoupled_weight_decay, "eps": eps, "curvature": True,
         }  # fmt: skip
         super().__init__(groups_of(model, params), defaults)
-        self._skips = Skips(self._device or self.param_groups[0]["params"][0].device)
+        self._skips = Skips(self._device or device_of(self._params()))
         self._pairs = source(self._options, model, self._params, self._ranks)
         self._make_plan()
         judge_coverage(self.plan, model)
@@ -231,7 +231,7 @@ class KFQN(torch.optim.Optimizer):
         for old, new in follow(self._model, self.param_groups, self._names, whole=self._whole):
             self.fallback.replace(old, new)
         self._make_plan()
-        self._skips.follow(self._device or self._params()[0].device)
+        self._skips.follow(self._device or device_of(self._params()))
         return True
 
     def leave(self, names: Iterable[str]) -> None:

@@ -35,6 +35,11 @@ def groups_of(model: nn.Module, params: Iterable[Any] | None) -> list[Any]:
     return list(params)
 
 
+def device_of(params: Sequence[Tensor]) -> torch.device:
+    """That of the first; the CPU if there is none."""
+    return params[0].device if params else torch.device("cpu")
+
+
 def refuse_sparse(params: Iterable[Tensor]) -> None:
     """Raise RuntimeError if a gradient is sparse."""
     for p in params:

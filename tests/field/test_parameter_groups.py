@@ -121,3 +121,18 @@ def test_a_schedule_moves_both_rates():
             optimizer.step()
             schedule.step()
             assert len(still(model, before)) == (0 if step < 2 else 6)
+
+
+@pytest.mark.parametrize("empty", [0, 1])
+def test_a_group_without_parameters(empty):
+    """As recipes give one that sort parameters by their names, where no name is of that kind."""
+    model, x = mlp(5, 8, 3), randn(16, 5)
+    groups = [{"params": list(model.parameters())}]
+    groups.insert(empty, {"params": [], "weight_decay": 0.1})
+    optimizer, before = KFQN(model, params=groups), values(model)
+    with silence():
+        train(optimizer, lambda: model(x).square().mean(), 3)
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert not still(model, before)
+    with pytest.raises(ValueError, match="nothing for KFQN to do"):
+        KFQN(model, params=groups[empty : empty + 1])
