@@ -55,6 +55,18 @@ class _Save(torch.autograd.Function):
         return None, None
 
 
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # torch 2.6 does not tell
+
+
+def is_checkpointed() -> bool:
+    """Whether what is saved now will be dropped and computed again, or is being so: checkpointing, not reentrant.
+
+    Which tensor is which it tells by their order, so that a forward and its repetition must save as many.
+    """
+    hooks = None if _top_hooks is None else _top_hooks(True)
+    return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
+
+
 class Passing:
     """What a backward that has yet to come to a weight has reached, and how it found the gradient last.
 

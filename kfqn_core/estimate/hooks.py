@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from kfqn_core.estimate.graph import Passing, Saved, hear, reach
+from kfqn_core.estimate.graph import Passing, Saved, hear, is_checkpointed, reach
 from kfqn_core.estimate.statistics import Record, Use, serials, thin
 from kfqn_core.layers import Call, Part
 from kfqn_core.parallel.ranks import Ranks
@@ -366,10 +366,11 @@ class _ForwardHook(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
         """`rest` is `(kwargs, output)`, or `(output,)` if this hook was removed while torch went through its list."""
         watch = self._watch()
-        if (
-            watch is None
-            or len(rest) < 2
-            or not (watch.mode == "inputs" or (watch.watching and torch.is_grad_enabled()))
+        if watch is None or len(rest) < 2:
+            return None
+        # Between a forward and its repetition a step may be taken, which says whether the next forward is looked at.
+        if watch.mode != "inputs" and not (
+            torch.is_grad_enabled() and (watch.watching or (not torch.compiler.is_compiling() and is_checkpointed()))
         ):
             return None
         kwargs, output = rest

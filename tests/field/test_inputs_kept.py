@@ -144,3 +144,24 @@ def test_a_checkpoint_that_begins_with_the_first_layer(reentrant):
                 optimizer.step(closure)
         runs.append(model)
     assert difference(*runs) < 1e-4
+
+
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 does not tell that a forward is checkpointed")
+@pytest.mark.parametrize("pairs", [None, "next_batch"])
+def test_a_step_between_a_checkpointed_forward_and_its_repetition(pairs):
+    """The forward is a step ahead. Which inputs are looked at changes with the step, and the gradients do not."""
+    model, twin = mlp(5, 8, 8, 8, 3), mlp(5, 8, 8, 8, 3)
+    optimizer = KFQN(model, pairs=pairs)
+    for step in range(45):
+        batch = randn(24, 5, seed=step)
+        ahead = checkpoint(model, batch, use_reentrant=False).square().mean()
+        twin.load_state_dict(model.state_dict())
+        of_twin = checkpoint(twin, batch, use_reentrant=False).square().mean()
+        optimizer.zero_grad()
+        model(batch).square().mean().backward()
+        with silence():
+            optimizer.step()
+        twin.load_state_dict(model.state_dict())
+        model.zero_grad(), twin.zero_grad()
+        ahead.backward(), of_twin.backward()
+        assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
