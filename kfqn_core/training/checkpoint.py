@@ -22,12 +22,24 @@ if TYPE_CHECKING:
 COUNTERS = ("steps", "skipped_steps", "warm_started")
 
 
+class States(defaultdict[Tensor, Any]):
+    """What is kept of every parameter. Taking an entry out would change nothing, and is refused."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(
+            "the entries of KFQN's state are views of what its layers share, and cannot be taken out: to begin anew, "
+            "make a new KFQN; to leave parameters to Adam, give them a group with curvature=False"
+        )
+
+    clear = pop = popitem = __delitem__ = _refuse
+
+
 def states(optimizer: KFQN) -> defaultdict[Tensor, Any]:
     """The state of every parameter by name, views of what the groups hold: made here, and not kept.
 
     Of every parameter that may move now: who loads a state asks here what there is to be loaded.
     """
-    state: defaultdict[Tensor, Any] = defaultdict(dict)
+    state = States(dict)
     if optimizer.plan is None:
         return state
     optimizer._follow_model()

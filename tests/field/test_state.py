@@ -106,6 +106,19 @@ def test_an_entry_for_every_parameter_and_nothing_else():
     assert set(optimizer.state) == set(model.parameters())
 
 
+@pytest.mark.parametrize("take", [lambda state, p: state.clear(), lambda state, p: state.pop(p),
+                                  lambda state, p: state.__delitem__(p)], ids=["clear", "pop", "del"])  # fmt: skip
+def test_what_would_change_nothing_is_refused(take):
+    """Whoever empties a state means to begin anew, and must not go on with what was there."""
+    model = network()
+    optimizer = KFQN(model)
+    train(optimizer, lambda: model(x).square().mean(), 2)
+    with pytest.raises(RuntimeError, match="to begin anew, make a new KFQN"):
+        take(optimizer.state, next(model.parameters()))
+    copy.deepcopy((model, optimizer))
+    pickle.loads(pickle.dumps(optimizer))
+
+
 @pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
 @pytest.mark.parametrize("stop", [0, 1, 27])
 def test_a_run_that_is_resumed_is_bitwise_the_run_that_was_not(options, stop):

@@ -21,7 +21,7 @@ from tests.frameworks.tasks import Task, compare, gratings, lead, line, untuned
 
 STEPS = 60
 # Model, the share of its weights with curvature at least, and KFQN's loss over that of Adam at its better rate at most,
-# with a constant rate and with a cosine. Standardised convolutions (nf_resnet) compute their weight: Adam moves them,
+# with a constant rate and with a decay. Standardised convolutions (nf_resnet) compute their weight: Adam moves them,
 # at fallback_lr, which is ten times what is best there with a constant rate.
 MODELS = {
     "ConvNeXt": (
@@ -73,5 +73,5 @@ def test_coverage(name):
 def test_untuned_default_against_adams_better_rate(name, report):
     row = compare(task(name), STEPS)
     report(line(row))
-    for schedule, bound in zip(("constant", "cosine"), MODELS[name][2], strict=True):
+    for schedule, bound in zip(("constant", "decay"), MODELS[name][2], strict=True):
         assert lead(row, schedule) <= bound, line(row)

@@ -16,7 +16,7 @@ from tests.frameworks.models import transformers_tasks
 from tests.frameworks.tasks import compare, lead, line, untuned
 
 STEPS = 80
-# KFQN's loss over that of Adam at the better of two rates, at most: constant rate, cosine. Above 1 it is known to be
+# KFQN's loss over that of Adam at the better of two rates, at most: constant rate, decay. Above 1 it is known to be
 # behind: BERT moves its tied embedding by Adam at fallback_lr, which decides there whatever lr is; and on images a
 # constant rate stays away from what Adam reaches, most where there is white noise, which the patch embedding's H_a
 # amplifies.
@@ -37,7 +37,7 @@ TASKS = transformers_tasks()
 def test_untuned_default_beats_adams_better_rate(name, report):
     row = compare(TASKS[name], STEPS)
     report(line(row))
-    for schedule, bound in zip(("constant", "cosine"), BOUNDS[name], strict=True):
+    for schedule, bound in zip(("constant", "decay"), BOUNDS[name], strict=True):
         assert lead(row, schedule) <= bound, line(row)
 
 
