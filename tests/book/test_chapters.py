@@ -95,6 +95,14 @@ def test_code_is_shown_from_its_room(chapter, notebook):
 
 
 @each(CORE)
+def test_code_fits_the_column_of_a_page(chapter, notebook):
+    """A box on the site shows 95 characters; what is longer is cut."""
+    for number, cell in source.code_cells(notebook):
+        for line in cell.source.splitlines():
+            assert len(line) <= 95, f"{source.describe(chapter, number, cell)}: {len(line)} columns: {line}"
+
+
+@each(CORE)
 def test_a_chapter_can_be_read_in_one_sitting(chapter, notebook):
     words = code = before = 0
     shown = False  # the first picture
