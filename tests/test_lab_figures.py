@@ -44,6 +44,12 @@ def test_matrix_map_rises_in_luminance():
     assert (np.diff(greys) > 0).all()
 
 
+def test_zero_is_white_where_there_are_signs():
+    _, axes = figures.compare_matrices(torch.eye(2), -torch.eye(2))
+    image = axes[0].get_images()[0]
+    assert _luma(image.cmap(image.norm(0.0))[:3]) > 0.95
+
+
 def test_show_images_lays_out_rows():
     _, axes = figures.show_images({"input": torch.zeros(3, 6), "output": torch.ones(3, 6)}, (2, 3))
     assert axes.shape == (2, 3)

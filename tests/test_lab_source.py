@@ -32,6 +32,13 @@ def test_show_source_unwraps_decorators_and_dedents_methods():
     assert text.count("````") == 2  # the fence outgrows the one in the docstring
 
 
+def test_show_source_of_a_cell_names_no_file(monkeypatch):
+    monkeypatch.setattr(checks.relative_error, "__module__", "__main__")  # as if a cell had defined it
+    text = show_source(checks.relative_error).data
+    assert text.startswith("From the first cell of this chapter:\n")
+    assert "def relative_error(" in text
+
+
 def test_show_source_of_a_module_starts_at_line_one():
     text = show_source(checks).data
     assert text.startswith("`kfqn_core/lab/checks.py`, lines 1–")

@@ -21,9 +21,11 @@ COLORS = ("#332288", "#BB5566", "#DDAA33", "#000000", "#117733", "#99DDFF")
 # The second cue beside colour, used in the same order.
 LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
 
-# Luminance rises monotonically from the most negative to the most positive value, so a sign survives a grey print,
-# which the usual red-white-blue maps lose.
+# For what has no sign: luminance rises with the value, also on a grey print.
 _MATRIX_MAP = "cividis"
+
+# For what has one: zero is white, so that what is not there is not seen.
+_SIGNED_MAP = "PuOr"
 
 
 def use_style() -> None:
@@ -59,7 +61,7 @@ def compare_matrices(
     approximation: ArrayLike,
     titles: Sequence[str] = ("exact", "approximation", "difference"),
 ) -> tuple[Figure, np.ndarray]:
-    """`exact | approximation | difference` side by side, on one colour scale that is symmetric about zero.
+    """`exact | approximation | difference` side by side, on one colour scale in which zero is white.
 
     `exact` and `approximation` are tensors or arrays of one shape `[rows, columns]`. The relative error stands
     below the difference. Returns the figure and its three axes.
@@ -75,7 +77,7 @@ def compare_matrices(
     limit = max(np.abs(panel).max() for panel in panels) or 1.0
     fig, axes = plt.subplots(1, 3, figsize=(9.0, 3.2))
     for ax, panel, title in zip(axes, panels, titles, strict=True):
-        image = ax.imshow(panel, cmap=_MATRIX_MAP, vmin=-limit, vmax=limit)
+        image = ax.imshow(panel, cmap=_SIGNED_MAP, vmin=-limit, vmax=limit)
         ax.set_title(title)
         ax.set(xticks=[], yticks=[])
         ax.grid(False)

@@ -18,7 +18,8 @@ def show_source(obj: Any) -> Markdown:
     """The source of a function, method, property, class or module, with its file and line numbers.
 
     Returns Markdown with a fenced Python block, which JupyterLab and the site both highlight. The file is given
-    relative to the folder that holds its package, e.g. `kfqn_core/maths/algebra.py`.
+    relative to the folder that holds its package, e.g. `kfqn_core/maths/algebra.py`. What the chapter itself defines, in
+    a cell that is closed on the page, is shown without a place.
 
     Raises ``TypeError`` for what has no Python source (a builtin, an instance, a number).
     """
@@ -38,6 +39,10 @@ def show_source(obj: Any) -> Markdown:
     fence = "`" * (1 + max([2, *(len(run) for run in re.findall("`+", source))]))
     first = max(start, 1)  # inspect counts the lines of a module from 0
     place = f"`{_path_in_package(target, Path(file))}`, lines {first}–{first + len(lines) - 1}"
+    if (
+        getattr(target, "__module__", None) == "__main__"
+    ):  # a cell: its file is the kernel's, and has another name each time
+        place = "From the first cell of this chapter:"
     return Markdown(f"{place}\n\n{fence}python\n{source}\n{fence}\n")
 
 
