@@ -18,8 +18,8 @@ def show_source(obj: Any) -> Markdown:
     """The source of a function, method, property, class or module, with its file and line numbers.
 
     Returns Markdown with a fenced Python block, which JupyterLab and the site both highlight. The file is given
-    relative to the folder that holds its package, e.g. `kfqn_core/maths/algebra.py`. What the chapter itself defines, in
-    a cell that is closed on the page, is shown without a place.
+    relative to the folder that holds its package, e.g. `kfqn_core/maths/algebra.py`. What the chapter itself defines,
+    in a cell that is closed on the page, is shown without a place.
 
     Raises ``TypeError`` for what has no Python source (a builtin, an instance, a number).
     """
