@@ -94,6 +94,24 @@ def test_code_is_shown_from_its_room(chapter, notebook):
         )
 
 
+COSTS = re.compile(
+    r"^# .*\n\n\*Reading: about (\d+) minutes\. Exercises: (\d+), with (\d+) points(?: for code and (\d+) for words)?; "
+    r"about (\d+) minutes\.\*\n"
+)
+PER_MINUTE = 55  # words and formulas, counted as a shell would
+
+
+@each([chapter for chapter in CORE if chapter.number is not None])
+def test_a_chapter_says_at_its_top_what_it_costs(chapter, notebook):
+    reading, *said = (int(number or 0) for number in COSTS.match(notebook.cells[0].source).groups())
+    tasks = exercises.collect(chapter, notebook)[0]
+    words = sum(task.rubric.points for task in tasks if task.rubric)
+    assert said == [len(tasks), sum(task.points for task in tasks), words, sum(task.minutes for task in tasks)]
+    prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    prose = re.sub(r"^:::\{(exercise|solution)-start\}.*?^:::\{\1-end\}", "", prose, flags=re.MULTILINE | re.DOTALL)
+    assert abs(len(prose.split()) / PER_MINUTE / reading - 1) < 0.15, len(prose.split())
+
+
 @each(CORE)
 def test_code_fits_the_column_of_a_page(chapter, notebook):
     """A box on the site shows 95 characters; what is longer is cut."""
