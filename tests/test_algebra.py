@@ -113,6 +113,14 @@ def test_nearest_kronecker_recovers_a_kronecker_product(d_out, d_in, batch, dtyp
     assert (A1.diagonal(dim1=-2, dim2=-1).sum(-1) >= 0).all()
 
 
+def test_factors_can_be_multiplied_with_other_matrices():
+    """torch.kron raises for a matrix beside a view with other strides."""
+    A, G = nearest_kronecker(torch.randn(12, 12, dtype=torch.float64), 4, 3)
+    assert torch.kron(A, torch.eye(3, dtype=torch.float64)).shape == (12, 12)
+    assert torch.kron(torch.eye(4, dtype=torch.float64), G).shape == (12, 12)
+    assert torch.kron(torch.eye(4), unvec(torch.randn(12), 4)).shape == (16, 12)
+
+
 @reproducible
 @given(d_out=st.integers(2, 5), d_in=st.integers(2, 5), seed=seeds)
 def test_nearest_kronecker_is_optimal(d_out, d_in, seed):

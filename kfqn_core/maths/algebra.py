@@ -22,7 +22,7 @@ def vec(W: Tensor) -> Tensor:
 
 
 def unvec(v: Tensor, d_out: int) -> Tensor:
-    """Inverse of `vec`: `[..., d_out * d_in]` -> `[..., d_out, d_in]`.
+    """Inverse of `vec`: `[..., d_out * d_in]` -> `[..., d_out, d_in]`, contiguous.
 
     Raises `TypeError`/`ValueError` if `v` is no tensor with at least one dimension, or if its last dimension is not a
     multiple of the integer `d_out`. Source: derived in chapter 1.
@@ -35,7 +35,7 @@ def unvec(v: Tensor, d_out: int) -> Tensor:
             f"v has shape {list(v.shape)}; expected [..., d_out * d_in] with a last dimension that d_out = {d_out} "
             "divides: pass the number of rows of the matrix that was stacked"
         )
-    return v.unflatten(-1, (v.shape[-1] // d_out, d_out)).mT
+    return v.unflatten(-1, (v.shape[-1] // d_out, d_out)).mT.contiguous()  # torch.kron refuses two kinds of strides
 
 
 def kron_matvec(A: Tensor, G: Tensor, V: Tensor) -> Tensor:
