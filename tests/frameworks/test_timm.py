@@ -22,7 +22,7 @@ from tests.frameworks.tasks import Task, compare, gratings, lead, line, untuned
 STEPS = 60
 # Model, the share of its weights with curvature at least, and KFQN's loss over that of Adam at its better rate at most,
 # with a constant rate and with a decay. Standardised convolutions (nf_resnet) compute their weight: Adam moves them,
-# at fallback_lr, which is ten times what is best there with a constant rate.
+# at fallback_lr, which is ten times what is best there with a constant rate (2.14 against .0002 after 60 steps).
 MODELS = {
     "ConvNeXt": (
         partial(timm.create_model, "convnext_atto", num_classes=10, depths=(1, 1, 1, 1), dims=(16, 32, 64, 64)),
@@ -46,7 +46,7 @@ MODELS = {
                   bottle_ratio=0.25, act_layer="relu"),
             num_classes=10,
         ),
-        0.0, (8.0, 1.0),
+        0.0, (25.0, 1.0),
     ),
 }  # fmt: skip
 
