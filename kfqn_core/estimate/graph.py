@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -79,6 +79,16 @@ class Passing:
     def __init__(self) -> None:
         self.uses: list[Use] = []
         self.stale, self.accumulations = False, 0
+
+
+def together(passings: Iterable[Passing]) -> Passing:
+    """Several as one, which found the gradient as the first of them did."""
+    whole, first = Passing(), True
+    for passing in passings:
+        whole.uses += passing.uses
+        if first:
+            whole.stale, whole.accumulations, first = passing.stale, passing.accumulations, False
+    return whole
 
 
 def reach(leaf: Tensor) -> str:

@@ -12,6 +12,8 @@ Until backward comes, the input belongs to the graph of its pass, as a saved ten
 activation checkpointing drops and recomputes it as it does with all others. Afterwards it is kept until the step,
 thinned where its layer's factor can do with less, or where memory is the reason for what the user does: where
 micro-batches are accumulated, and where activations are recomputed.
+
+Where parameters are sharded, a forward has whole ones in their place, and uses count when the shard has its gradient.
 """
 
 from __future__ import annotations
@@ -27,10 +29,11 @@ from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from kfqn_core.estimate.graph import Passing, Saved, hear, is_checkpointed, reach
+from kfqn_core.estimate.graph import Passing, Saved, hear, is_checkpointed, reach, together
 from kfqn_core.estimate.statistics import Record, Use, serials, thin
 from kfqn_core.layers import Call, Part
 from kfqn_core.parallel.ranks import Ranks
+from kfqn_core.parallel.shards import is_shard
 
 FEW = 256  # input vectors, or as many numbers, that are kept of a layer where memory is short
 SMALL = 2**22  # entries of an input that is copied rather than trusted not to be written over
@@ -136,6 +139,7 @@ class Watch:
         self.mode, self.error = "gradient", ""
         self.clear()
         self._weight = self._module.get_parameter(self.part.weight)
+        self._sharded = is_shard(self._weight)
         if Watch.observe_eagerly is None:
             Watch.observe_eagerly = staticmethod(torch.compiler.disable(Watch.observe))
         this, trained = weakref.ref(self), self._weight.requires_grad
@@ -169,7 +173,7 @@ class Watch:
     @property
     def pending(self) -> bool:
         """Whether something was seen that counts."""
-        return bool(self._uses or self._captured)
+        return bool(self._uses or self._captured or (self._sharded and self._passing))
 
     def pop(self) -> Record | None:
         """What was seen since the last call; None if that is nothing. `empty` and `gradient_size` stay."""
@@ -205,9 +209,11 @@ class Watch:
         enclosing = torch._C._current_graph_task_id()  # of the backward that recomputes this forward, or -1
         if enclosing == -1 and self.pending and not self._thinned:
             # Another forward before the step: a micro-batch was accumulated. Its inputs make room for the next one's.
-            thin(self._uses + self._captured, entries=FEW * self.part.view.d_in)
+            of_shards = together(self._passing.values()).uses if self._sharded else []
+            thin(self._uses + self._captured + of_shards, entries=FEW * self.part.view.d_in)
             self._thinned = True
-        sight = _Sight(self, call, self._weight if zero is None else zero, recomputed=enclosing != -1)
+        leaf = self._read_by(module) if zero is None else zero
+        sight = _Sight(self, call, leaf, recomputed=enclosing != -1)
         if sight.samples and isinstance(call.x, Tensor):
             hear(h, sight)
         elif sight.samples:
@@ -218,9 +224,14 @@ class Watch:
 
     def _foreign(self, module: nn.Module) -> bool:
         """Whether this is not the layer: a replica, other weights in its place, a per-sample gradient."""
+        weight = self._read_by(module)
+        own = weight is self._weight or (self._sharded and isinstance(weight, nn.Parameter))
+        return module is not self._module or not own or torch._C._are_functorch_transforms_active()
+
+    def _read_by(self, module: nn.Module) -> Any:
+        """The weight of a forward."""
         owner, _, name = self.part.weight.rpartition(".")
-        weight = module.get_submodule(owner)._parameters.get(name)
-        return module is not self._module or weight is not self._weight or torch._C._are_functorch_transforms_active()
+        return module.get_submodule(owner)._parameters.get(name)
 
     def _count_forward(self, call: Call) -> None:
         if not isinstance(call.x, Tensor):
@@ -254,6 +265,7 @@ class Watch:
                 self._uses.append(use)
             else:
                 passing.uses.append(use)
+                self._thinned = self._thinned and not self._sharded
 
     def _cleared(self, others: int) -> bool:
         """Whether the gradient is no longer the one that the uses so far have entered.
@@ -271,7 +283,11 @@ class Watch:
     def accumulated(self) -> None:
         """The gradient of the weight is there: what this backward has reached counts."""
         grad = self._weight.grad
-        passing = self._passing.pop(torch._C._current_graph_task_id(), Passing())
+        if self._sharded:  # its gradient is made of that of the whole when torch finds it time: after some backwards
+            passing = together(self._passing.values())
+            self._passing.clear()
+        else:
+            passing = self._passing.pop(torch._C._current_graph_task_id(), Passing())
         if grad is None or not (passing.uses or self.pending):
             return
         # Another backward, of another thread or of a checkpoint inside this one, may have come here since this one
@@ -286,7 +302,7 @@ class Watch:
         self._thinned = False
         self._accumulations += 1
         self._gradient = weakref.ref(grad), grad._version
-        if self.outputs:
+        if self.outputs and not self._sharded:
             self.gradient_size = torch.linalg.vector_norm(grad.detach())
 
 

@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kfqn_core.parallel.ranks import Ranks
 
-CALLS = ("all_reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce", "reduce_scatter_tensor",
-         "all_to_all_single", "barrier")  # fmt: skip
+CALLS = ("all_reduce", "broadcast", "all_gather", "all_gather_into_tensor", "all_gather_single", "reduce",
+         "reduce_scatter_tensor", "all_to_all_single", "barrier")  # fmt: skip
 
 
 def run(work: Callable[..., Any], ranks: int, *args: Any, seconds: float = 120) -> list[Any]:
@@ -63,7 +63,8 @@ def _process(rank: int, work: Callable[..., Any], ranks: int, folder: str, secon
 
 @contextmanager
 def messages() -> Iterator[list[int]]:
-    """The sizes, in bytes, of all that is sent through `torch.distributed` inside: of one call each.
+    """The sizes, in bytes, of all that is sent through `torch.distributed` inside: of one call each, and what a gather
+    brings.
 
     What `DistributedDataParallel` sends does not pass here: see `gradient_messages`.
     """
@@ -77,7 +78,7 @@ def messages() -> Iterator[list[int]]:
         return send
 
     with ExitStack() as patches:
-        for name in CALLS:
+        for name in filter(lambda name: hasattr(distributed, name), CALLS):  # one of them is new in torch 2.13
             patches.enter_context(mock.patch.object(distributed, name, counted(getattr(distributed, name))))
         yield sent
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
@@ -99,13 +99,8 @@ class Ranks:
         return totals
 
     def _all_reduce(self, message: Tensor) -> None:
-        try:
+        with all_answering():
             torch.distributed.all_reduce(message, group=self.group)
-        except RuntimeError as error:
-            raise RuntimeError(
-                "the other processes that train this model did not answer, since one has stopped or has taken another "
-                f"number of steps: start all of them again from the last checkpoint ({error})"
-            ) from error
 
     def means(self, values: Sequence[Tensor]) -> list[Tensor]:
         """The mean of every value over ranks; see `sums`."""
@@ -126,13 +121,13 @@ class Ranks:
             self._wrapper.require_forward_param_sync = broadcast
 
 
-def refuse_shards(model: nn.Module) -> None:
-    """Raise TypeError if a parameter of `model` is spread over processes: a factor needs its whole matrix."""
-    for name, module in model.named_modules():
-        placed = [p.placements for p in module.parameters(recurse=False) if hasattr(p, "placements")]
-        if placed or type(module).__name__ == "FullyShardedDataParallel":
-            how = f" ({', '.join(map(str, placed[0]))})" if placed else ""
-            raise TypeError(
-                f"the parameters of {name or type(module).__name__!r} are sharded over processes{how}, but KFQN needs "
-                "whole matrices: use DistributedDataParallel instead of FSDP or tensor parallelism"
-            )
+@contextmanager
+def all_answering() -> Iterator[None]:
+    """For a message: RuntimeError, with what to do, if a rank does not answer within the limit of its process group."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            "the other processes that train this model did not answer, since one has stopped or has taken another "
+            f"number of steps: start all of them again from the last checkpoint ({error})"
+        ) from error

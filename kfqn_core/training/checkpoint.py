@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kfqn_core.parallel.shards import RESHARDED, fits, local, part_for
 from kfqn_core.training.fallback import Fallback
 from kfqn_core.training.plan import Plan
 
@@ -161,10 +162,11 @@ def check(plan: Plan, fallback: Fallback, saved: Mapping[Any, Mapping[str, Tenso
             if saved[layer.weight]:
                 group.check(i, saved[layer.weight], saved[layer.bias] if layer.bias is not None else {})
     for p in (p for params in plan.rest for p in params):
-        if saved[p] and {k: v.shape for k, v in fallback.state[p].items()} != {k: v.shape for k, v in saved[p].items()}:
+        own = fallback.state[p]
+        if saved[p] and (own.keys() != saved[p].keys() or not all(fits(own[key], saved[p][key]) for key in own)):
             raise ValueError(
                 f"the saved state does not fit a parameter of shape {tuple(p.shape)}: it holds {sorted(saved[p])}, and "
-                f"{sorted(fallback.state[p])} is needed; create KFQN with the model and the options it was saved with"
+                f"{sorted(own)} is needed; create KFQN with the model and the options it was saved with; {RESHARDED}"
             )
 
 
@@ -177,4 +179,5 @@ def load(plan: Plan, fallback: Fallback, saved: Mapping[Any, Mapping[str, Tensor
                 group.load(i, saved[layer.weight], saved[layer.bias] if layer.bias is not None else {})
     for p in (p for params in plan.rest for p in params):
         for key, value in saved[p].items():
-            fallback.state[p][key].copy_(value)
+            own = fallback.state[p][key]
+            local(own).copy_(part_for(own, value))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from kfqn_core.parallel.shards import local
 from kfqn_core.training.optimizer import KFQN
 from kfqn_core.training.plan import adam_bytes
 from kfqn_core.training.preserve import cuda_devices, restored, run_on
@@ -137,7 +138,7 @@ def _look(model: nn.Module, optimizer: KFQN, example: Any) -> tuple[dict[str, in
 
 
 def _size(tensors: Iterable[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum(local(t).numel() * t.element_size() for t in tensors)
 
 
 def _bytes(count: int) -> str:

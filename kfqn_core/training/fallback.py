@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
+from kfqn_core.parallel.shards import local, shard_like
+
 
 class Fallback:
     """Adam for the rest of the parameters, with a rate of its own; or heavy-ball momentum at the layers' rate.
@@ -29,10 +31,10 @@ class Fallback:
     def adopt(self, p: nn.Parameter, device: torch.device | None = None) -> None:
         """Allocate the state of a parameter, or let what there is follow it to its device (or `device`) and dtype."""
         if p not in self.state or any(value.is_meta for value in self.state[p].values()):
-            device = device or p.device
+            device, own = device or p.device, local(p.detach())
             names = ("exp_avg", "exp_avg_sq") if self.by_adam else ("M",)
             moments = {
-                name: torch.zeros_like(p, requires_grad=False, device=device, memory_format=torch.contiguous_format)
+                name: shard_like(p, torch.zeros_like(own, device=device, memory_format=torch.contiguous_format))
                 for name in names
             }
             counter = {"step": torch.zeros((), dtype=torch.float32, device=device)} if self.by_adam else {}
@@ -67,35 +69,35 @@ class Fallback:
         decay, rate = settings["weight_decay"], fallback_rate(settings)
         rate = rate.reshape(()) if isinstance(rate, Tensor) else rate
         if settings["decoupled_weight_decay"] and decay:
-            torch._foreach_mul_(list[Tensor](params), 1.0 - finite.to(torch.float32) * (rate * decay))
+            torch._foreach_mul_([local(p) for p in params], 1.0 - finite.to(torch.float32) * (rate * decay))
             decay = 0.0
         states = [self.state[p] for p in params]
         # torch's fused kernel walks through memory: what is laid out in another way than its state moves as a copy.
-        moved = [_real(p.detach()).contiguous() for p in params]
+        moved = [_own(p.detach()).contiguous() for p in params]
         adam(
-            moved, [_real(p.grad).contiguous() for p in params if p.grad is not None],
-            [_real(s["exp_avg"]) for s in states], [_real(s["exp_avg_sq"]) for s in states], [],
+            moved, [_own(p.grad).contiguous() for p in params if p.grad is not None],
+            [_own(s["exp_avg"]) for s in states], [_own(s["exp_avg_sq"]) for s in states], [],
             [s["step"] for s in states],
             # The fused kernel leaves everything as it was where found_inf is 1, without asking the host.
             fused=True, found_inf=(~finite).float(), amsgrad=False, beta1=settings["betas"][0],
             beta2=settings["betas"][1], lr=rate, weight_decay=decay, eps=settings["eps"], maximize=False,
         )  # fmt: skip
         for p, new in zip(params, moved, strict=True):
-            if not _real(p).is_contiguous():
-                _real(p).copy_(new)
+            if not _own(p).is_contiguous():
+                _own(p).copy_(new)
 
     def _move_by_momentum(self, params: list[nn.Parameter], settings: Mapping[str, Any], finite: Tensor) -> None:
         decay = settings["weight_decay"]
         for p in params:
             assert p.grad is not None
-            M, weight = self.state[p]["M"], finite.to(_real(p).dtype)
-            gradient = p.grad
+            own, M, weight = local(p), local(self.state[p]["M"]), finite.to(_own(p).dtype)
+            gradient = local(p.grad)
             if settings["decoupled_weight_decay"]:
-                p.mul_(1.0 - weight * settings["lr"] * decay)
+                own.mul_(1.0 - weight * settings["lr"] * decay)
             elif decay:
-                gradient = gradient.add(p, alpha=decay)
+                gradient = gradient.add(own, alpha=decay)
             M.lerp_(torch.where(finite, gradient, M), 1.0 - settings["momentum"])
-            p.sub_(torch.where(finite, settings["lr"] * M, 0.0))
+            own.sub_(torch.where(finite, settings["lr"] * M, 0.0))
 
 
 def fallback_rate(settings: Mapping[str, Any]) -> Any:
@@ -108,6 +110,7 @@ def fallback_rate(settings: Mapping[str, Any]) -> Any:
     return settings["fallback_lr"] * (rate / peak if peak else 0.0)
 
 
-def _real(tensor: Tensor) -> Tensor:
-    """A complex tensor as pairs of real numbers, a view; any other as it is."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+def _own(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor, in the same memory, and a complex one as pairs of real numbers."""
+    own = local(tensor)
+    return torch.view_as_real(own) if own.is_complex() else own

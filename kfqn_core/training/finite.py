@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kfqn_core.estimate.statistics import Record
+from kfqn_core.parallel.shards import local
 from kfqn_core.training.answer import Answer
 from kfqn_core.training.plan import Plan
 
@@ -32,14 +33,15 @@ def all_finite(
 
     Returns:
         Bool scalar: whether all gradients are finite, the loss is, and no infinity was found. And the lengths of the
-        gradients, scalars by the `id` of their parameters.
+        gradients, scalars by parameter; of a shard that of its rows.
     """
     gradients: dict[Any, list[Tensor]] = {}
     owners: dict[Any, list[nn.Parameter]] = {}
     lengths: dict[nn.Parameter, Tensor] = {}
     for p in params:
         assert p.grad is not None
-        grad = torch.view_as_real(p.grad) if p.grad.is_complex() else p.grad
+        own = local(p.grad)
+        grad = torch.view_as_real(own) if own.is_complex() else own
         key = grad.device, grad.dtype
         gradients.setdefault(key, []).append(grad)
         owners.setdefault(key, []).append(p)
@@ -121,6 +123,11 @@ def note_scale(
         if grad_scale is not None:
             record.scale = grad_scale
             continue
+        if plan.sharded:
+            raise RuntimeError(
+                "what backward left of sharded gradients is not known after GradScaler.unscale_, and the pairs of H_g "
+                "need it: leave unscaling to GradScaler.step, use bfloat16 without a scaler, or pairs=None"
+            )
         # The user has unscaled, and perhaps clipped, what backward left: so are the statistics, by the same factor.
         before, now = plan.hooks[name].gradient_size, plan.layer(name).weight.grad
         if before is not None and now is not None:

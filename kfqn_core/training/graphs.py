@@ -58,7 +58,7 @@ class CapturedStep:
                 'pairs="second_pass" saves and restores random states on the host, which a CUDA graph cannot hold: '
                 'call optimizer.step(closure), or use pairs=None or "next_batch"'
             )
-        if not optimizer._ranks.alone:
+        if not optimizer._ranks.alone or optimizer.plan.sharded:
             raise ValueError("a step of several processes is not captured: call optimizer.step(closure)")
         self._optimizer, self._closure = optimizer, closure
         self._device = next(iter(devices))

@@ -29,6 +29,7 @@ from kfqn_core.estimate.statistics import Batch, Record
 from kfqn_core.maths.columns import Columns
 from kfqn_core.maths.secant import LimitedMemoryInverse
 from kfqn_core.parallel.ranks import Ranks
+from kfqn_core.parallel.shards import RESHARDED, fits, is_shard, local, part_for, shard_like, whole
 from kfqn_core.training.answer import Answer
 from kfqn_core.training.options import Options
 from kfqn_core.training.selection import Selected, dtype_of_factors
@@ -77,6 +78,7 @@ class Group:
             None; NaN until a first one was seen.
         steady: `[L]`, what `steadiness` keeps of every layer; None where the length of a step does not ask for it.
         started: bool `[L]`, whether `H_a` has had its first estimate.
+        shards: where parameters are sharded, this rank's part of the momentum of each; empty where they are not.
         unsettled: the layers of which the host does not know that they have.
     """
 
@@ -94,9 +96,15 @@ class Group:
         lambda_A, lambda_G = options.lambdas(1.0)
         self._T = [1.0] * len(layers)
         d = view.d_in - view.has_bias
-        self.M = Columns(
-            torch.zeros(B, view.d_out, d, **like), torch.zeros(B, view.d_out, 1, **like) if view.has_bias else None
-        )
+        shapes = (B, view.d_out, d), (B, view.d_out, 1)
+        self.shards = {
+            p: torch.zeros(local(p).shape, **like) for layer in layers for p in layer.parameters if is_shard(p)
+        }
+        if self.shards:  # the whole is there while the layers move, else a number that takes its shape
+            W, b = (torch.zeros((), **like).expand(shape) for shape in shapes)
+        else:
+            W, b = (torch.zeros(shape, **like) for shape in shapes)
+        self.M = Columns(W, b if view.has_bias else None)
         self.activation = _activation(kind, sizes, lambda_A, options, like)
         self.gradient: GradientFactor | None = None
         self.h_last: Tensor | None = None
@@ -120,6 +128,27 @@ class Group:
         M = self.M[side]
         assert M is not None
         return M
+
+    def set_momentum(self, side: int, M: Tensor) -> None:
+        """Another tensor in its place."""
+        self.M = self.M._replace(b=M) if side else self.M._replace(W=M)
+
+    def momentum_of(self, side: int, i: int) -> Tensor:
+        """Of a parameter of layer i, shaped like it: a view where strides can say so; of a shard a copy, a shard."""
+        p = self.parameters(side)[i]
+        if p in self.shards:
+            return shard_like(p, self.shards[p].clone())  # torch saves no DTensor that begins inside its memory
+        return self.as_parameter(side, i, self.momentum(side)[self.rows(i)])
+
+    def momentum_of_layer(self, i: int) -> Tensor:
+        """Of `[W | b]` of layer i, `[groups, d_out, d_in]`; where it is sharded every rank has to ask."""
+        parts = [self.as_rows(side, i, whole(self.momentum_of(side, i))) for side in range(1 + (self.M.b is not None))]
+        return Columns(parts[0], parts[1] if len(parts) > 1 else None).joined()
+
+    @property
+    def momenta(self) -> list[Tensor]:
+        """What is held of them."""
+        return list(self.shards.values()) or [part for part in self.M if part is not None]
 
     def rows(self, i: int) -> slice:
         """Those of layer i along axis 0."""
@@ -294,24 +323,22 @@ class Group:
         """Views of what belongs to the weight of layer i and to its bias, by name."""
         rows = self.rows(i)
         own = {name: tensor[rows] for name, tensor in self.tensors().items()}
-        weight = {"M": self.as_parameter(0, i, self.M.W[rows]), **own, "started": self.started[i]}
+        weight = {"M": self.momentum_of(0, i), **own, "started": self.started[i]}
         if self.steady is not None:
             weight["steady"] = self.steady[i]
-        return weight, {} if self.M.b is None else {"M": self.as_parameter(1, i, self.M.b[rows])}
+        return weight, {} if self.M.b is None else {"M": self.momentum_of(1, i)}
 
     def check(self, i: int, weight: Mapping[str, Tensor], bias: Mapping[str, Tensor]) -> None:
         """Raise ValueError unless these tensors are the state of layer i by name and shape."""
         for what, own, saved in zip(("weight", "bias"), self.state(i), (weight, bias), strict=True):
             differing = sorted(
-                key
-                for key in {*own, *saved}
-                if key not in own or key not in saved or own[key].shape != saved[key].shape
+                key for key in {*own, *saved} if key not in own or key not in saved or not fits(own[key], saved[key])
             )
             if differing:
                 raise ValueError(
                     f"the saved state does not fit the {what} of layer {self.layers[i].name!r} (they differ in "
                     f"{', '.join(differing)}): create KFQN with the model and the options (pairs, memory, "
-                    "activation_factor, activation_decay) that it was saved with"
+                    f"activation_factor, activation_decay) that it was saved with; {RESHARDED}"
                 )
 
     def load(self, i: int, weight: Mapping[str, Tensor], bias: Mapping[str, Tensor]) -> None:
@@ -332,7 +359,11 @@ class Group:
 
         What `state` gives of it is no view where the layer stores its weight in an order that strides do not describe.
         """
-        self.momentum(side)[self.rows(i)].copy_(self.as_rows(side, i, M))
+        p = self.parameters(side)[i]
+        if p in self.shards:
+            self.shards[p].copy_(part_for(p, M))
+        else:
+            self.momentum(side)[self.rows(i)].copy_(self.as_rows(side, i, M))
 
     def layer_activation(self, i: int) -> Activation:
         """The activation factor of layer i alone: views."""

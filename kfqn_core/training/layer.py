@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from kfqn_core.layers import LayerView
-from kfqn_core.maths.columns import Columns
 from kfqn_core.training.groups import Group
 
 
@@ -22,13 +21,12 @@ class Layer:
         self.name, self.weight, self.bias = selected.name, selected.weight, selected.bias
         self.view: LayerView = selected.view
         self.activation, self.gradient = group.layer_activation(i), group.layer_gradient(i)
-        self._M = Columns(*(None if part is None else part[group.rows(i)] for part in group.M))  # type: ignore[arg-type]
         self._group, self._i = group, i
 
     @property
     def M(self) -> Tensor:
-        """The momentum of `[W | b]`, `[groups, d_out, d_in]`."""
-        return self._M.joined()
+        """The momentum of `[W | b]`, `[groups, d_out, d_in]`. Where it is sharded every rank has to ask for it."""
+        return self._group.momentum_of_layer(self._i)
 
     @property
     def started(self) -> bool:

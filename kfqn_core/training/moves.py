@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from kfqn_core.layers import LayerView
 from kfqn_core.maths.columns import Columns
+from kfqn_core.parallel.shards import local, own_rows
 from kfqn_core.training import steadiness
 from kfqn_core.training.groups import Group
 from kfqn_core.training.length import Lengths
+from kfqn_core.training.sharded import ShardedMomenta
 from kfqn_core.training.steadiness import Steadiness
 
 Settings = Sequence[Mapping[str, Any]]
@@ -48,11 +50,17 @@ class Moves:
         self._lengths: dict[tuple[int, ...], Lengths] = {}
         self._workspaces: dict[tuple[int, ...], _Workspace] = {}
         members: dict[tuple[Any, ...], list[tuple[Group, int]]] = {}
+        sharded: dict[tuple[Any, ...], dict[int, list[tuple[Group, int]]]] = {}
         for group, indices in groups:
             for side, part in enumerate(group.M):
-                if part is not None:
+                if part is not None and group.shards:
+                    of = sharded.setdefault((part.dtype, part.device), {})
+                    of.setdefault(indices[side], []).append((group, side))
+                elif part is not None:
                     members.setdefault((indices[side], part.dtype, part.device), []).append((group, side))
         self._flats = [(key[0], _flattened(of), _in_order(of)) for key, of in members.items()]
+        self._sharded = [ShardedMomenta(of) for of in sharded.values()]
+        self._flats += [flat for momenta in self._sharded for flat in momenta.flats()]
         alike: dict[Any, list[Group]] = {}
         for group, _ in groups:
             if group.steady is not None:
@@ -97,12 +105,20 @@ class Moves:
         Parameters without gradient stay.
         """
         moving = [(group, indices) for group, indices in self._groups if group.has_gradient()]
+        for momenta in self._sharded if moving else ():
+            momenta.gather()
+            for steady, groups in self._steady.values():
+                steady.M = _of_weights(groups)
         for (dtype, device), members in self._kinds(moving).items():
             taken = finite.to(device, dtype)
             rates = {i: (taken * settings[i]["lr"]).reshape(()) for i in {i for _, indices in members for i in indices}}
             for i, rate in rates.items():
                 self._decay(i, rate, members, settings[i])
             self._move(members, rates, {i: settings[i]["peak_lr"] for i in rates})
+        for momenta in self._sharded if moving else ():
+            momenta.release()
+            for steady, groups in self._steady.values():
+                steady.M = _of_weights(groups)
 
     @staticmethod
     def _kinds(
@@ -133,7 +149,7 @@ class Moves:
             for side, (part, step) in enumerate(zip(space.parts[k], space.steps[k], strict=True)):
                 if part is not None:
                     torch.div(part, divisors[indices[side]][k], out=step)
-        moving = [(p, step()) for p, step in space.as_parameters if p.grad is not None]
+        moving = [(local(p), step()) for p, step in space.as_parameters if p.grad is not None]
         torch._foreach_sub_([p for p, _ in moving], [step for _, step in moving])
 
     def _kept(self, groups: Sequence[Group]) -> Tensor | None:
@@ -167,7 +183,7 @@ class Moves:
     def _decay(self, index: int, rate: Tensor, members: list[tuple[Group, Indices]], of: Mapping[str, Any]) -> None:
         if of["decoupled_weight_decay"] and of["weight_decay"]:
             shrinking: list[Tensor] = [
-                p for group, indices in members for side in (0, 1) if indices[side] == index
+                local(p) for group, indices in members for side in (0, 1) if indices[side] == index
                 for _, p in _moving(group, side)
             ]  # fmt: skip
             if shrinking:  # of a group of biases, for instance, none may have a gradient
@@ -227,7 +243,9 @@ class _Workspace:
 
 def _shaped(group: Group, side: int, i: int, rows: Tensor) -> Callable[[], Tensor]:
     """Gives `rows`, which will be written, shaped like a parameter: a view that stays, or else a copy each time."""
-    shaped = group.as_parameter(side, i, rows)
+    shaped, p = group.as_parameter(side, i, rows), group.parameters(side)[i]
+    if p in group.shards:
+        return lambda: own_rows(p, group.as_parameter(side, i, rows))
     if shaped.untyped_storage()._cdata == rows.untyped_storage()._cdata:
         return lambda: shaped
     return lambda: group.as_parameter(side, i, rows)
@@ -238,8 +256,7 @@ def _flattened(members: list[tuple[Group, int]]) -> Tensor:
     flat = torch.cat([group.momentum(side).reshape(-1) for group, side in members])
     parts = flat.split([group.momentum(side).numel() for group, side in members])
     for (group, side), part in zip(members, parts, strict=True):
-        part = part.view_as(group.momentum(side))
-        group.M = group.M._replace(b=part) if side else group.M._replace(W=part)
+        group.set_momentum(side, part.view_as(group.momentum(side)))
     return flat
 
 
@@ -249,8 +266,12 @@ def _steadiness(groups: Sequence[Group]) -> Steadiness:
     for group, part in zip(groups, squares.split([len(group.layers) for group in groups]), strict=True):
         group.steady = part
     weights = [layer.weight for group in groups for layer in group.layers]
-    M = [group.momentum(0)[group.rows(i)] for group in groups for i in range(len(group.layers))]
-    return Steadiness(squares, weights, M)
+    return Steadiness(squares, weights, _of_weights(groups))
+
+
+def _of_weights(groups: Sequence[Group]) -> list[Tensor]:
+    """The momenta of the weights of every layer."""
+    return [group.momentum(0)[group.rows(i)] for group in groups for i in range(len(group.layers))]
 
 
 def _in_order(members: list[tuple[Group, int]]) -> list[tuple[nn.Parameter, Callable[[Tensor], Tensor], Tensor]]:

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from kfqn_core.estimate.statistics import Record
-from kfqn_core.parallel.ranks import Ranks, refuse_shards
-from kfqn_core.training import checkpoint
+from kfqn_core.parallel.ranks import Ranks
+from kfqn_core.parallel.shards import processes
+from kfqn_core.training import checkpoint, parameters
 from kfqn_core.training.fallback import Fallback
 from kfqn_core.training.finite import Skips, all_finite, note_scale
 from kfqn_core.training.layer import Layer
-from kfqn_core.training.options import Options, check_group, refreshes
+from kfqn_core.training.options import Options, refreshes
 from kfqn_core.training.pairs import SamePoint, source
-from kfqn_core.training.parameters import device_of, follow, follow_peaks, groups_of, refuse_sparse, require_model
 from kfqn_core.training.plan import Plan
 from kfqn_core.training.report import judge_coverage, say_unseen, summary
 from kfqn_core.training.rounds import first_round, second_round, seen, update
@@ -53,11 +53,13 @@ class KFQN(torch.optim.Optimizer):
         fallback_lr: Adam's rate for parameters without factors. It follows the schedule of `lr`: it is multiplied by
             `lr` over the largest `lr` that the group has had.
         betas, eps: Adam's.
-        process_group: the processes that average this model's gradients, if no `DistributedDataParallel` does it.
+        process_group: the processes that average this model's gradients, if neither `DistributedDataParallel` nor
+            `fully_shard` does it.
         method: the options of the method, by name: see `options.Options`.
 
     Raises:
-        TypeError: for something else than a model, an unknown option, or sharded parameters (FSDP, tensor parallelism).
+        TypeError: for something else than a model, an unknown option, or parameters that are sharded in another way
+            than `fully_shard` does over a mesh of one dimension (`FullyShardedDataParallel`, tensor parallelism).
         ValueError: for an option out of range, or a model without a layer to be observed.
 
     `loss` must be a mean over samples, since mean per-sample gradients are recovered from it; where micro-batches are
@@ -68,7 +70,7 @@ class KFQN(torch.optim.Optimizer):
     Whatever has a gradient moves, whenever it was unfrozen, added or replaced. A model is copied and pickled without
     its optimizer; `copy.deepcopy((model, optimizer))`, or a pickle of both, goes on as the originals do. Wrappers
     (`torch.compile`, `DistributedDataParallel`) may come before or after: a compiled model leaves its graph at every
-    watched layer, and statistics are averaged over ranks as gradients are.
+    watched layer, and statistics are averaged over ranks as gradients are. `fully_shard` comes before.
     """
 
     _device: torch.device | None = None  # of the state, if not that of the parameters
@@ -88,11 +90,10 @@ class KFQN(torch.optim.Optimizer):
         process_group: Any = None,
         **method: Any,
     ):
-        require_model(model)
+        parameters.require_model(model)
         self._options = Options.of_keywords(method)
-        refuse_shards(model)
         self._model, self._whole = model, params is None
-        self._ranks = Ranks(process_group)
+        self._ranks = Ranks(processes(model, process_group))
         self.fallback = Fallback(by_adam=self._options.step_length != "raw")
         self.plan: Plan = None  # type: ignore[assignment]
         self._refused: frozenset[str] = frozenset()
@@ -101,8 +102,8 @@ class KFQN(torch.optim.Optimizer):
             "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "fallback_lr": fallback_lr, "betas": betas,
             "decoupled_weight_decay": decoupled_weight_decay, "eps": eps, "curvature": True,
         }  # fmt: skip
-        super().__init__(groups_of(model, params), defaults)
-        self._skips = Skips(self._device or device_of(self._params()))
+        super().__init__(parameters.groups_of(model, params), defaults)
+        self._skips = Skips(self._device or parameters.device_of(self._params()))
         self._pairs = source(self._options, model, self._params, self._ranks)
         self._make_plan()
         judge_coverage(self.plan, model)
@@ -136,12 +137,8 @@ class KFQN(torch.optim.Optimizer):
         Raises:
             ValueError: for a value out of range.
         """
-        merged = {**self.defaults, **param_group}
-        if not merged["curvature"] and "lr" not in param_group:
-            merged["lr"] = merged["fallback_lr"]
-        check_group(merged)
-        peak = merged["lr"].clone() if isinstance(merged["lr"], Tensor) else merged["lr"]
-        super().add_param_group({**merged, "peak_lr": peak, **dict.fromkeys(checkpoint.COUNTERS, 0)})
+        group = parameters.completed(param_group, self.defaults)
+        super().add_param_group({**group, **dict.fromkeys(checkpoint.COUNTERS, 0)})
 
     def warm_start(self, batches: Iterable[Any]) -> None:
         """Estimate every `A` from `batches` before the first step, as the 2020 method does over the whole training set.
@@ -180,7 +177,7 @@ class KFQN(torch.optim.Optimizer):
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         note_scale(self.plan, records, scale, found_inf)
         finite, lengths = all_finite(moving, loss, scale, found_inf, self._skips.counts.device)
-        follow_peaks(self.param_groups)
+        parameters.follow_peaks(self.param_groups)
         groups, average = self.plan.layer_groups, self._steps > 0 or not self._warm_started  # that A sits one step out
 
         with self._no_autocast():
@@ -189,6 +186,7 @@ class KFQN(torch.optim.Optimizer):
             self._skips.count(finite)
             for group, batch in batches.items():
                 group.observe(batch, finite.to(group.started.device), average=average, elsewhere=elsewhere)
+            lengths = self.plan.whole_lengths(lengths)
             for moves in self.plan.moves:
                 moves.average(self.param_groups, finite, lengths, drop=refresh)  # M <- mu M + (1 - mu) (G + tau W)
                 moves.move(self.param_groups, finite)  # D = H_g M H_a; W <- W - lr length(D)
@@ -213,25 +211,25 @@ class KFQN(torch.optim.Optimizer):
         """Whatever may fail, fails here. Returns parameters with a gradient, and names: see `Plan.survey`."""
         if self._removed:
             raise RuntimeError("the hooks of this optimizer were removed, so that it sees nothing: make a new KFQN")
+        changed = self._follow_model()
         self._ranks.require_group()
-        if changed := self._follow_model():
+        if changed:
             self.plan.adopt(records)
         unseen, elsewhere = self.plan.survey(records)
         if not changed and (unseen := self.plan.unexplained(unseen)):
             say_unseen(self.plan, unseen, ever=bool(self._refused) or len(unseen) < len(self.plan.places))
             self.leave(unseen)
-        refuse_sparse(moving := self.plan.moving())
+        parameters.refuse_sparse(moving := self.plan.moving())
         return moving, elsewhere
 
     def _follow_model(self) -> bool:
         """A new plan, if model or parameter groups have changed. Returns whether they had."""
         if self.plan.holds(self.param_groups):
             return False
-        refuse_shards(self._model)
-        for old, new in follow(self._model, self.param_groups, self._names, whole=self._whole):
+        for old, new in parameters.follow(self._model, self.param_groups, self._names, whole=self._whole):
             self.fallback.replace(old, new)
         self._make_plan()
-        self._skips.follow(self._device or device_of(self._params()))
+        self._skips.follow(self._device or parameters.device_of(self._params()))
         return True
 
     def leave(self, names: Iterable[str]) -> None:

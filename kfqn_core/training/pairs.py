@@ -13,6 +13,7 @@ from kfqn_core.estimate.hooks import Hooks
 from kfqn_core.estimate.shared import AnyBatch, SharedBatch
 from kfqn_core.estimate.statistics import Record, serials
 from kfqn_core.parallel.ranks import Ranks
+from kfqn_core.parallel.shards import local
 from kfqn_core.training.groups import Group
 from kfqn_core.training.options import Options
 from kfqn_core.training.second_pass import SecondPass
@@ -110,7 +111,7 @@ class SamePoint(NoPairs):
         self, model: nn.Module, parameters: Callable[[], Sequence[nn.Parameter]], ranks: Ranks, *, safeguard: bool
     ):  # fmt: skip
         self._model, self._parameters, self._ranks, self._safeguard = model, parameters, ranks, safeguard
-        self._before: list[tuple[nn.Parameter, Tensor]] = []  # parameters before the step, if it may be taken back
+        self._before: list[tuple[Tensor, Tensor]] = []  # parameters before the step, if it may be taken back
         self._loss: Any = None
         self._loss_after: Any = None
         self._closure: Callable[[], Any] | None = None
@@ -150,7 +151,7 @@ class SamePoint(NoPairs):
             if loss is None:
                 raise RuntimeError("safeguard compares losses: the closure must return the loss")
             self._loss = loss.detach() if isinstance(loss, Tensor) else loss
-            self._before = [(p, p.detach().clone()) for p in self._parameters() if p.requires_grad]
+            self._before = [(own := local(p.detach()), own.clone()) for p in self._parameters() if p.requires_grad]
         return loss
 
     def after(self, groups: Sequence[Group], hooks: Hooks, records: Mapping[str, Record]) -> Sequence[AnyBatch]:

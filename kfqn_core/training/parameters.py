@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfqn_core.parallel.shards import is_shard, require_spread
+from kfqn_core.training.options import check_group
+
 
 def require_model(model: Any) -> None:
     """Raise TypeError, with what to do, unless `model` is one."""
@@ -40,6 +43,20 @@ def device_of(params: Sequence[Tensor]) -> torch.device:
     return params[0].device if params else torch.device("cpu")
 
 
+def completed(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter group with the defaults for what it does not say, and the largest rate that it has had.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+    merged = {**defaults, **group}
+    if not merged["curvature"] and "lr" not in group:
+        merged["lr"] = merged["fallback_lr"]
+    check_group(merged)
+    peak = merged["lr"].clone() if isinstance(merged["lr"], Tensor) else merged["lr"]
+    return {**merged, "peak_lr": peak}
+
+
 def refuse_sparse(params: Iterable[Tensor]) -> None:
     """Raise RuntimeError if a gradient is sparse."""
     for p in params:
@@ -64,7 +81,11 @@ def follow(
 
     Returns:
         Pairs of a parameter that is gone and the one in its place.
+
+    Raises:
+        TypeError: if parameters are sharded over processes and were not, or the other way round.
     """
+    require_spread(model, any(is_shard(p) for group in groups for p in group["params"]))
     now = dict(model.named_parameters())
     # What is still there under another name (a layer was inserted or taken out before it) was not replaced.
     here, before = {id(p) for p in now.values()}, {id(p) for p in known.values()}

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from kfqn_core.estimate.hooks import Hooks
 from kfqn_core.estimate.statistics import Record
 from kfqn_core.parallel.ranks import Ranks
+from kfqn_core.parallel.shards import is_shard, local, reshard, whole
 from kfqn_core.training.answer import Answer
 from kfqn_core.training.fallback import Fallback
 from kfqn_core.training.groups import Group
 from kfqn_core.training.moves import Bench, Moves
 from kfqn_core.training.options import Options
 from kfqn_core.training.selection import Selected, activation_factors, curvature_layers, shape_key
+from kfqn_core.training.sharded import lengths_over_ranks
 
 # Numbers that a step handles at once. Beyond, fewer calls save no time on a CPU, and on a GPU little. While a step runs
 # it holds about twice as many beside the state, 270 MB on a GPU.
@@ -52,6 +54,7 @@ class Plan:
         kinds: by layer name, the form of its activation factor.
         moves: what a step does to all layers of so many groups at once as are not large.
         rest: the parameters that the fallback moves, by parameter group.
+        sharded: whether parameters are spread over processes.
         new: names of layers that the plan before did not hold, or not as this matrix.
         moved: names of layers that a step has moved.
     """
@@ -104,6 +107,7 @@ class Plan:
         ]
         for p in (p for params in self.rest for p in params):
             fallback.adopt(p, device)
+        self.sharded = any(is_shard(p) for group in param_groups for p in group["params"])
         self._fingerprint = self._look(param_groups)
         self.moves = _moves(self.groups)
         watched = {} if device is not None else {n: (layer.module, layer.part) for n, layer in layers.items()}
@@ -202,11 +206,18 @@ class Plan:
         unseen = [name for name, flag in zip(names, flags, strict=True) if flag]
         return unseen, {name for name, some in zip(names, seen, strict=True) if some}
 
+    def whole_lengths(self, lengths: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        """Lengths of gradients over all ranks, where a rank has some rows of them, and the length of a step asks."""
+        if not self.sharded:
+            return lengths
+        groups = [group for group in self.layer_groups if group.steady is not None]
+        return lengths_over_ranks(self._ranks, [layer.weight for group in groups for layer in group.layers], lengths)
+
     def unexplained(self, unseen: list[str]) -> list[str]:
         """Those of the layers whose gradient is not zero. Looking waits for the device, and is rare."""
         if not unseen:
             return []
-        gradients = [g for name in unseen if (g := self.layer(name).weight.grad) is not None]
+        gradients = [whole(g) for name in unseen if (g := self.layer(name).weight.grad) is not None]
         sizes = torch._foreach_norm(gradients, torch.inf)
         some = Answer(torch.stack([size != 0 for size in sizes])).known(wait=True)
         return [name for name, differs in zip(unseen, some or [True] * len(unseen), strict=True) if differs]
@@ -237,6 +248,8 @@ class Plan:
 
     def holds(self, param_groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether model and parameter groups are what this plan was made for."""
+        if self.sharded:
+            reshard(self._modules)
         objects, flags = self._look(param_groups, self._modules)
         known_objects, known_flags = self._fingerprint
         return (
@@ -280,11 +293,13 @@ class Plan:
         return found + [p for params in self.rest for p in params if p.grad is not None]
 
     def state_numbers(self, fallback: Fallback) -> int:
-        """Bytes of everything that lives from one step to the next."""
+        """Bytes of everything that lives from one step to the next, in this process."""
         layers = [
-            t for group, _ in self.groups for t in (*group.tensors().values(), *group.M, group.started, group.steady)
+            t
+            for group, _ in self.groups
+            for t in (*group.tensors().values(), *group.momenta, group.started, group.steady)
         ]
-        rest = [t for params in self.rest for p in params for t in fallback.state[p].values()]
+        rest = [local(t) for params in self.rest for p in params for t in fallback.state[p].values()]
         return sum(t.numel() * t.element_size() for t in (*layers, *rest) if isinstance(t, Tensor))
 
 
@@ -336,6 +351,6 @@ def _moves(groups: Sequence[tuple[Group, tuple[int, int]]]) -> list[Moves]:
 
 
 def adam_bytes(parameters: Sequence[Tensor]) -> int:
-    """Bytes of Adam's state for these parameters: two moments, and a counter."""
+    """Bytes of Adam's state for these parameters, in this process: two moments, and a counter."""
     counter = torch.empty((), dtype=torch.float32).element_size()
-    return sum(2 * p.numel() * p.element_size() + counter for p in parameters)
+    return sum(2 * local(p).numel() * p.element_size() + counter for p in parameters)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kfqn_core.layers import LayerView, Part, UnsupportedLayer, parts
+from kfqn_core.parallel.shards import is_shard
 
 # Inputs of the widest layer that "auto" gives a matrix: M H_a costs d_in / (3 N T) of a forward and backward pass, more
 # than the pass itself in wide layers with small mini-batches.
@@ -142,7 +143,7 @@ def _numbers(layer: Sizes, rank: int) -> dict[str, int]:
 def shape_key(layer: Selected) -> tuple[Any, ...]:
     """What layers of one group have in common: their tensors lie side by side."""
     view, weight = layer.view, layer.weight
-    return view.groups, view.d_out, view.d_in, view.has_bias, weight.dtype, weight.device
+    return view.groups, view.d_out, view.d_in, view.has_bias, weight.dtype, weight.device, is_shard(weight)
 
 
 def dtype_of_factors(weight: Tensor) -> torch.dtype:

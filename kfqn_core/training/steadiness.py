@@ -62,11 +62,11 @@ class Steadiness:
     Args:
         squares: `[layers]`, changed in place.
         weights: of the layers.
-        M: momenta of the weights.
+        M: momenta of the weights; may be replaced by others of the same shapes.
     """
 
     def __init__(self, squares: Tensor, weights: Sequence[nn.Parameter], M: Sequence[Tensor]):
-        self._squares, self._weights, self._M = squares, weights, list(M)
+        self._squares, self._weights, self.M = squares, weights, list(M)
         self._momenta: dict[tuple[float, ...], Tensor] = {}  # `[layers]`, made once: a copy waits for the device
 
     def observe(self, lengths: Mapping[nn.Parameter, Tensor], momenta: Sequence[float], taken: Tensor) -> None:
@@ -88,7 +88,7 @@ class Steadiness:
 
     def kept(self) -> Tensor:
         """`[layers]`, of the gradient."""
-        return kept(self._squares, torch.stack(torch._foreach_norm(self._M)))
+        return kept(self._squares, torch.stack(torch._foreach_norm(self.M)))
 
     def _momentum(self, momenta: tuple[float, ...]) -> float | Tensor:
         if len(set(momenta)) == 1:
