@@ -18,7 +18,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 PIP = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test mutants frameworks book chapter chapters budgets site serve pages axe lab course grade formgrader bench bench-full gpu lint format lock clean
+.PHONY: help setup test mutants frameworks book chapter chapters budgets site serve pages axe slides pdf lab course grade formgrader bench bench-full gpu lint format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +73,11 @@ pages: site ## try the site in Chromium: nothing cut at 1280 and 400 pixels; axe
 
 axe: ## fetch axe-core with npm, for `make pages`
 	npm install --silent --no-audit --no-fund --prefix out/axe axe-core@4.14.1
+
+# Decks are made from executed notebooks: what changed is executed first.
+slides: setup ## slides of every chapter, out/slides; N=02 for one
+	@files=$$($(BIN)/python -m tools.manifest $(N)) || exit 1; \
+	$(RUN_CHAPTERS) $$files && $(BIN)/python -m tools.slides $(N)
 
 # Jupyter refuses to run as root unless it is told that this is meant, as in every container.
 ROOT_FLAG := $(if $(filter 0,$(shell id -u)),--allow-root)

@@ -17,7 +17,7 @@ OPTIONAL = {
     *("hypothesis", "yaml", "importlinter"),
     *("sklearn", "scipy", "pandas", "matplotlib", "cycler", "tqdm", "IPython", "pytorch_optimizer", "opt_einsum"),
     *("jupytext", "nbformat", "nbclient", "nbconvert", "nbgrader", "nbmake", "sphinx", "docutils"),
-    *("traitlets", "websocket"),
+    *("traitlets", "websocket", "jinja2", "markupsafe", "pygments", "bs4", "pypdf"),
     *("pybtex", "sqlalchemy"),
 }
 

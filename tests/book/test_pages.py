@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.book import browser
+from tools import browser
 from tools.manifest import ROOT
 
 SITE = os.environ.get("SITE")

@@ -94,9 +94,9 @@ class Browser:
             raise RuntimeError(json.dumps(answer["exceptionDetails"])[:2000])
         return answer["result"].get("value")
 
-    def open(self, page: Path, width: int = 1280, dark: bool = False) -> None:
-        """Show a page at this width, and wait until its formulas stand."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1,
+    def open(self, page: Path, width: int = 1280, dark: bool = False, height: int = 900) -> None:
+        """Show a page in a window of this size, and wait until its formulas stand."""
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
                   mobile=False)  # fmt: skip
         self.call("Emulation.setScrollbarsHidden", hidden=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
