@@ -22,8 +22,9 @@ FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "-
 # Formulas are set after the page has loaded, and change its widths.
 READY = """(async () => {
   const start = performance.now();
+  const late = new Error("the page is not ready after PATIENCE_S s");
   const wait = ms => new Promise((done, fail) =>
-    performance.now() - start > 30000 ? fail(new Error("the page is not ready after 30 s")) : setTimeout(done, ms));
+    performance.now() - start > 1000 * PATIENCE_S ? fail(late) : setTimeout(done, ms));
   while (document.readyState !== "complete") await wait(20);
   if (document.querySelector(".math")) {
     while (!window.MathJax?.startup?.promise) await wait(20);
@@ -43,7 +44,9 @@ def find() -> str | None:
 class Browser:
     """One tab; use it as a context."""
 
-    def __init__(self) -> None:
+    def __init__(self, patience_s: int = 30) -> None:
+        """Start it; after `patience_s` seconds a page that is not ready is given up."""
+        self.patience_s = patience_s
         self.home = tempfile.TemporaryDirectory(prefix="browser-", ignore_cleanup_errors=True)
         self.process = subprocess.Popen(
             [find(), *FLAGS, f"--user-data-dir={self.home.name}", "about:blank"],
@@ -51,7 +54,7 @@ class Browser:
             stderr=subprocess.DEVNULL,
         )
         self.count, self.session = 0, None
-        self.socket = websocket.create_connection(self._address(), timeout=120, max_size=None)
+        self.socket = websocket.create_connection(self._address(), timeout=90 + patience_s, max_size=None)
         page = next(t for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page")
         self.session = self.call("Target.attachToTarget", targetId=page["targetId"], flatten=True)["sessionId"]
 
@@ -94,15 +97,15 @@ class Browser:
             raise RuntimeError(json.dumps(answer["exceptionDetails"])[:2000])
         return answer["result"].get("value")
 
-    def open(self, page: Path, width: int = 1280, dark: bool = False, height: int = 900) -> None:
-        """Show a page in a window of this size, and wait until its formulas stand."""
+    def open(self, page: Path, width: int = 1280, dark: bool = False, height: int = 900, media: str = "") -> None:
+        """Show a page in a window of this size (or on paper: `media="print"`), and wait until its formulas stand."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
                   mobile=False)  # fmt: skip
         self.call("Emulation.setScrollbarsHidden", hidden=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.call("Emulation.setEmulatedMedia", features=[scheme], media=media)
         self.call("Page.navigate", url=page.as_uri())
-        self.run(READY)
+        self.run(READY.replace("PATIENCE_S", str(self.patience_s)))
 
     def picture(self, file: Path, **clip: float) -> None:
         """A screenshot of what is in the window, or of `x, y, width, height` of the page."""
