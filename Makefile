@@ -79,6 +79,9 @@ slides: setup ## slides of every chapter, out/slides; N=02 for one
 	@files=$$($(BIN)/python -m tools.manifest $(N)) || exit 1; \
 	$(RUN_CHAPTERS) $$files && $(BIN)/python -m tools.slides $(N)
 
+pdf: setup ## print the site without solutions, out/pdf (needs Chromium); N=02 for a chapter, EDITION=instructor with them
+	@$(BIN)/python -m tools.pdf $(if $(N),--only '$(N)') $(if $(EDITION),--edition '$(EDITION)')
+
 # Jupyter refuses to run as root unless it is told that this is meant, as in every container.
 ROOT_FLAG := $(if $(filter 0,$(shell id -u)),--allow-root)
 

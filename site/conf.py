@@ -57,7 +57,7 @@ html_use_index = html_domain_indices = False
 html_favicon = "_static/favicon.svg"
 html_context = {"default_mode": "auto"}
 html_static_path = ["_static"]
-html_css_files = ["book.css"]
+html_css_files = ["book.css", ("print.css", {"media": "print"})]
 html_js_files = [("book.js", {"defer": "defer"})]
 html_search_scorer = str(Path(__file__).with_name("scorer.js"))
 html_theme_options = {
@@ -66,6 +66,7 @@ html_theme_options = {
     "show_toc_level": 2,
     "use_download_button": True,
 }
+togglebutton_open_on_print = False  # a reader prints what is open
 togglebutton_hint = "Show"
 togglebutton_hint_hide = "Hide"
 

@@ -101,7 +101,7 @@ class Browser:
         """Show a page in a window of this size (or on paper: `media="print"`), and wait until its formulas stand."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
                   mobile=False)  # fmt: skip
-        self.call("Emulation.setScrollbarsHidden", hidden=False)
+        self.call("Emulation.setScrollbarsHidden", hidden=media == "print")
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme], media=media)
         self.call("Page.navigate", url=page.as_uri())

@@ -19,6 +19,7 @@ from tools.manifest import Book
 
 EDITIONS = {"student": "", "instructor": "Instructor's edition, with solutions and rubrics"}
 GRADER = "Grader:"  # how the site names the box with a grader (tools/toggles.py)
+HEADING = "--heading-"  # in the name of a heading that the table of contents leads to
 SEPARATE = "--"  # between the name of a page and that of a place on it
 GONE = "a.headerlink, button, script, .toctree-wrapper, .prev-next-area, div.admonition.dropdown > .toggle-button"
 LOCAL = re.compile(r"^(?![a-z][a-z0-9+.-]*:|//)")
@@ -121,7 +122,7 @@ def _article(name: str, page: BeautifulSoup, edition: str, chosen: list[str]) ->
             link["href"] = f"#{target}"
     article["id"] = name
     for number, heading in enumerate(article.find_all(["h1", "h2"])):
-        heading["id"] = f"{name}{SEPARATE}heading-{number}"
+        heading["id"] = f"{name}{HEADING}{number}"
     return article
 
 

@@ -60,7 +60,7 @@ def build(book: Book, kind: str, only: Chapter | None = None) -> Path:
     """Print the book or a chapter; a failed print leaves the last PDF in place."""
     if browser.find() is None:
         raise PdfError("The PDF is printed by Chromium, and there is none: install chromium, or Google Chrome.")
-    folder = _site(book, only)
+    folder = folder_of(book, only)
     chosen = [only.slug] if only else edition.names(folder, book)
     name = only.slug if only else "book"
     path = book.root / "out" / "pdf" / f"{name}{'' if kind == 'student' else f'-{kind}'}.pdf"
@@ -80,7 +80,7 @@ def build(book: Book, kind: str, only: Chapter | None = None) -> Path:
     return path
 
 
-def _site(book: Book, only: Chapter | None) -> Path:
+def folder_of(book: Book, only: Chapter | None) -> Path:
     """The folder of the site that is printed: for one chapter the one with its newest page."""
     out = book.root / "out"
     if only is None:
@@ -130,8 +130,10 @@ def _print(tab: browser.Browser, html: Path, title: str) -> bytes:
 def _headings(pdf: Path) -> dict[str, int]:
     """The page of every heading that something leads to."""
     reader = PdfReader(pdf)
-    places = reader.named_destinations
-    return {name: reader.get_destination_page_number(place) + 1 for name, place in places.items() if "heading" in name}
+    places = {name.removeprefix("/"): place for name, place in reader.named_destinations.items()}
+    return {
+        name: reader.get_destination_page_number(place) + 1 for name, place in places.items() if edition.HEADING in name
+    }
 
 
 def main(arguments: list[str]) -> int:
@@ -143,7 +145,7 @@ def main(arguments: list[str]) -> int:
         book = manifest.load()
         only = book.find(asked.only) if asked.only else None
         path = build(book, asked.edition, only)
-        old = outdated(book, _site(book, only), (only,) if only else book.chapters)
+        old = outdated(book, folder_of(book, only), (only,) if only else book.chapters)
     except (manifest.ManifestError, PdfError) as error:
         print(error, file=sys.stderr)
         return 1
