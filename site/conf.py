@@ -92,6 +92,15 @@ def number_by_slug(app, env):
     return TocTreeCollector().assign_figure_numbers(env)
 
 
+def formulas_in_links(app, doctree, docname):
+    """A link to a chapter shows the formulas of its title, where Sphinx writes their source."""
+    titles = {title.astext(): title for title in app.env.titles.values() if any(title.findall(nodes.math))}
+    for link in doctree.findall(lambda node: isinstance(node, nodes.inline) and "doc" in node["classes"]):
+        if title := titles.get(link.astext()):
+            link.clear()
+            link += [child.deepcopy() for child in title.children]
+
+
 def as_rst(app, what, name, obj, options, lines):
     """Docstrings are written as Markdown is: an indented paragraph is code, as is what stands in single backticks."""
     text = "\n".join(lines)
@@ -102,4 +111,5 @@ def as_rst(app, what, name, obj, options, lines):
 def setup(app):
     app.set_html_assets_policy("always")  # the list of chapters has formulas, on pages without any as well
     app.connect("autodoc-process-docstring", as_rst, priority=400)  # before Google's sections are read
+    app.connect("doctree-resolved", formulas_in_links)
     app.connect("env-get-updated", number_by_slug, priority=600)  # after Sphinx's own collector, at 500

@@ -37,7 +37,7 @@ def book(tmp_path_factory):
     hidden = tiny.FIGURE.replace("---\nmystnb", "---\ntags: [hide-input]\nmystnb")
     root = tiny.write(
         tmp_path_factory.mktemp("book"),
-        ("01-one", "One", "\n## A section of the first\n" + tiny.CLAIM + hidden + exercise),
+        ("01-one", "One", "\n## A section of the first\n\nThen {doc}`08-eight`.\n" + tiny.CLAIM + hidden + exercise),
         ("08-eight", "Eight of $H_a$", SECOND),
         c08_eight={"requires": ["01-one"]},
     )
@@ -97,6 +97,12 @@ def test_every_link_leads_to_one_place(book, kind):
     assert not [target for target in targets if target.endswith(".html")], "the ledger is not in it"
     loaded = [tag.get("src") or tag.get("href") for tag in made.find_all(["script", "link", "img"])]
     assert all(address.startswith("file:") for address in filter(None, loaded))
+
+
+def test_a_link_shows_the_formula_of_a_title(book):
+    (link,) = composed(book, "student").select('a[href="#08-eight"]')
+    assert link.get_text() == r"Eight of \(H_a\)"
+    assert link.find("span", class_="math")
 
 
 def test_a_chapter_alone_links_to_no_other(book):
