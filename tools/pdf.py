@@ -92,8 +92,12 @@ def folder_of(book: Book, only: Chapter | None) -> Path:
     pages = [folder / f"{only.slug}.html" for folder in (out / "html", out / "chapter")]
     pages = [page for page in pages if page.is_file()]
     if not pages:
-        raise PdfError(f"{only.slug} has no page to print: `make chapter N={only.slug[:2]}` builds it.")
+        raise PdfError(f"{only.slug} has no page to print: `make chapter N={_short(only)}` builds it.")
     return max(pages, key=lambda page: page.stat().st_mtime).parent
+
+
+def _short(chapter: Chapter) -> str:
+    return chapter.slug if chapter.number is None else chapter.slug[:2]
 
 
 def outdated(book: Book, folder: Path, chapters: tuple[Chapter, ...]) -> list[Chapter]:

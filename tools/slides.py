@@ -39,6 +39,8 @@ class SlidesError(Exception):
 def build(book: Book, chosen: list[Chapter]) -> list[Path]:
     """Write the decks of `chosen` chapters; SlidesError if one of them was not executed as it stands."""
     for chapter in chosen:
+        if chapter.number is None:
+            raise SlidesError(f"{chapter.slug} is an appendix: there are slides of chapters, such as N=02")
         if not notebooks.is_fresh(book, chapter):
             raise SlidesError(
                 f"{chapter.slug} was not executed since it, or the code it stands on, changed: "

@@ -121,6 +121,11 @@ def test_a_chapter_that_was_not_executed_has_no_slides(book):
         slides.build(book, [book.chapters[0]])
 
 
+def test_an_appendix_has_no_slides():
+    with pytest.raises(slides.SlidesError, match="teaching is an appendix"):
+        slides.build(REAL, [REAL.find("teaching")])
+
+
 @pytest.fixture
 def built(book, monkeypatch):
     pytest.importorskip("sphinx_revealjs", reason="no reveal.js here: `make setup` installs it")
