@@ -64,8 +64,10 @@ class View:
 
     def _linked(self, chapter: Chapter | None, text: str) -> str:
         def link(match: re.Match[str]) -> str:
-            found = None if '"' in match[0] else self._link(chapter, match[1], match[2])
-            return f'[{found[0]}]({found[1]} "{match[0]}")' if found else match[0]
+            found = self._link(chapter, match[1], match[2])
+            if found is None or '"' in match[0] or "]" in found[0]:  # `written` could not tell where the link ends
+                return match[0]
+            return f'[{found[0]}]({found[1]} "{match[0]}")'
 
         return ROLE.sub(link, text)
 

@@ -24,7 +24,7 @@ async function start() {
   for (const section of sections) section.style.display = "block";
   await new Promise(requestAnimationFrame);
   await document.fonts.ready;
-  document.querySelectorAll(".slides section section").forEach(fit);
+  document.querySelectorAll(".slides .slide").forEach(fit);
   for (const section of sections) section.style.removeProperty("display");
   await Reveal.initialize({
     width: WIDTH, height: HEIGHT, margin: 0.02, hash: true, slideNumber: "c/t", transition: "none", center: false,

@@ -153,8 +153,8 @@ def test_slides_fit_the_screen(built):
     html = built.read_text(encoding="utf-8")
     long = r"\\".join("a + b" for _ in range(30))
     wide = " + ".join("a" * 8 for _ in range(14))
-    more = f"<section><section><p>$$\\begin{{aligned}}{long}\\end{{aligned}}$$</p></section>"
-    more += f"<section><p>word</p><p>$${wide} \\tag{{9.9}}$$</p></section></section>"
+    more = f"<section><section class='slide'><p>$$\\begin{{aligned}}{long}\\end{{aligned}}$$</p></section>"
+    more += f"<section class='slide'><p>word</p><p>$${wide} \\tag{{9.9}}$$</p></section></section>"
     built.write_text(html.replace("</div>\n</div>\n</body>", f"{more}</div></div></body>"), encoding="utf-8")
     with browser.Browser() as tab:
         tab.open(built, 1280, height=720)
