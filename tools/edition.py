@@ -77,6 +77,12 @@ def document(
     return made
 
 
+def titles(document: BeautifulSoup) -> list[str]:
+    """All headings of a document, as plain text."""
+    found = document.body.find_all([f"h{level}" for level in range(1, 7)])
+    return [" ".join(re.sub(r"\\\(|\\\)", "", heading.get_text()).split()) for heading in found]
+
+
 def _head(page: BeautifulSoup, made: BeautifulSoup) -> Tag:
     """The styles of the site, and MathJax with its settings; no other script."""
     head = made.new_tag("head")

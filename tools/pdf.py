@@ -13,11 +13,13 @@ import argparse
 import base64
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import nbformat
-from pypdf import PdfReader
+from pypdf import PdfReader, PdfWriter
+from pypdf.generic import Destination, NameObject, TextStringObject
 
 from tools import browser, edition, manifest, notebooks, site
 from tools.manifest import Book, Chapter
@@ -70,12 +72,14 @@ def build(book: Book, kind: str, only: Chapter | None = None) -> Path:
         html, new = Path(place) / "book.html", Path(place) / "book.pdf"
         pages: dict[str, int] = {}
         while True:  # the numbers in the table of contents are known once it has been printed
-            html.write_text(str(edition.document(book, folder, chosen, kind, pages)), encoding="utf-8")
+            document = edition.document(book, folder, chosen, kind, pages)
+            html.write_text(str(document), encoding="utf-8")
             new.write_bytes(_print(tab, html, title))
             found = {} if only else _headings(new)
             if found == pages:
                 break
             pages = found
+        _name_outline(new, edition.titles(document))
         new.replace(path)
     return path
 
@@ -138,6 +142,28 @@ def _headings(pdf: Path) -> dict[str, int]:
     return {
         name: reader.get_destination_page_number(place) + 1 for name, place in places.items() if edition.HEADING in name
     }
+
+
+def _name_outline(pdf: Path, titles: list[str]) -> None:
+    """Write the titles into the outline, one for each heading: Chromium's lack spaces where a heading takes two lines,
+    and have every word twice where something leads to it."""
+    writer = PdfWriter(pdf, incremental=True)
+    items = list(_flat(writer.outline))
+    if len(items) != len(titles):
+        raise PdfError(
+            f"The PDF has {len(items)} headings where the pages have {len(titles)}: its outline is not right."
+        )
+    for item, title in zip(items, titles, strict=True):
+        item.node[NameObject("/Title")] = TextStringObject(title)
+    writer.write(pdf)
+
+
+def _flat(items: list) -> Iterator[Destination]:
+    for item in items:
+        if isinstance(item, list):
+            yield from _flat(item)
+        else:
+            yield item
 
 
 def main(arguments: list[str]) -> int:

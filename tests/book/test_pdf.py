@@ -26,6 +26,7 @@ $$ (eq-wide)
 {"long_name_of_a_function(" * 8}
 ```
 """
+LONG = f"1. One{' and one more' * 6}"  # takes two lines
 BIB = "@book{somebody2020, author = {Ann Somebody}, title = {Sums}, publisher = {House}, year = {2020}}\n"
 SOLUTION = ("return 2 * x", "An explanation for those", "adds the number to itself", "Grader: Twice", "twice(3)")
 
@@ -37,7 +38,11 @@ def book(tmp_path_factory):
     hidden = tiny.FIGURE.replace("---\nmystnb", "---\ntags: [hide-input]\nmystnb")
     root = tiny.write(
         tmp_path_factory.mktemp("book"),
-        ("01-one", "One", "\n## A section of the first\n\nThen {doc}`08-eight`.\n" + tiny.CLAIM + hidden + exercise),
+        (
+            "01-one",
+            LONG.removeprefix("1. "),
+            "\n## A section of the first\n\nThen {doc}`08-eight`.\n" + tiny.CLAIM + hidden + exercise,
+        ),
         ("08-eight", "Eight of $H_a$", SECOND),
         c08_eight={"requires": ["01-one"]},
     )
@@ -143,7 +148,9 @@ def test_pages_are_numbered_and_the_contents_name_them(printed):
     for title, number in numbers.items():
         assert title in pages[number - 1]
     assert any(len(page.images) for page in printed["student"].pages), "the figure is there"
-    assert printed["student"].outline, "a reader on a screen has a table of contents, too"
+    outline = printed["student"].outline  # what a reader on a screen has beside the pages
+    titles = [item.title for item in outline if not isinstance(item, list)]
+    assert titles == ["A tiny book", "A tiny book", LONG, r"8. Eight of H_a", "Bibliography"]
 
 
 def test_nothing_is_wider_than_the_paper(book, printed, tmp_path):
@@ -161,7 +168,7 @@ def test_nothing_is_wider_than_the_paper(book, printed, tmp_path):
 
 
 def test_what_is_missing_is_said(book, tmp_path):
-    empty = manifest.load(tiny.write(tmp_path, ("01-one", "One", "")))
+    empty = manifest.load(tiny.write(tmp_path, ("01-one", LONG.removeprefix("1. "), "")))
     with pytest.raises(pdf.PdfError, match="There is no site to print: `make book` builds it"):
         pdf.folder_of(empty, None)
     with pytest.raises(pdf.PdfError, match="01-one has no page to print: `make chapter N=01` builds it"):
