@@ -14,23 +14,6 @@ CORE = [chapter for chapter in BOOK.chapters if chapter.tier != "appendix"]
 FORMULA = re.compile(r"```\{math\}.*?```|\$\$.*?\$\$|\$[^$]*\$", re.DOTALL)
 DRAWS = re.compile(r"plt\.(?:show|subplots|figure)\(|figures\.compare_matrices\(")
 
-COLUMNS = 95  # of code beside both sidebars of a page
-# Wider lines that are still there, by chapter: these numbers only become smaller.
-WIDE = {
-    "01-kronecker-algebra": 19,
-    "02-quasi-newton": 19,
-    "03-multilayer-perceptrons": 18,
-    "04-convolutions": 21,
-    "05-one-kronecker-product": 11,
-    "06-activation-factor": 15,
-    "07-gradient-factor-and-damping": 31,
-    "08-k-bfgs": 51,
-    "09-kf-qn-cnn": 12,
-    "10-convergence": 29,
-    "11-the-gpu-optimizer": 36,
-    "13-does-it-win": 22,
-}
-
 
 def each(chapters):
     return pytest.mark.parametrize("chapter", chapters, ids=lambda chapter: chapter.slug)
@@ -79,17 +62,6 @@ def test_at_least_three_exercises(chapter, notebook):
     found, problems = exercises.collect(chapter, notebook)
     assert problems == []
     assert len(found) >= 3
-
-
-@each(BOOK.chapters)
-def test_code_fits_its_box(chapter, notebook):
-    wide = [
-        f"{source.describe(chapter, number, cell)}: {len(line)} columns: {line.strip()}"
-        for number, cell in source.code_cells(notebook)
-        for line in cell.source.splitlines()
-        if len(line) > COLUMNS
-    ]
-    assert len(wide) <= WIDE.get(chapter.slug, 0), "\n".join(wide)
 
 
 @each(BOOK.chapters)
