@@ -260,10 +260,10 @@ def messages():
     for folder in FOLDERS:
         for file in sorted((ROOT / "kfqn_core" / folder).glob("*.py")):
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-                call = node.exc if isinstance(node, ast.Raise) else node
-                warns = isinstance(call, ast.Call) and ast.unparse(call.func) == "warnings.warn"
-                if isinstance(call, ast.Call) and call.args and (warns or isinstance(node, ast.Raise)):
-                    found[f"{file.name}:{node.lineno}"] = text_of(call.args[0])
+                if not isinstance(node, ast.Call) or not node.args:
+                    continue
+                if re.fullmatch(r"warnings\.warn|[A-Z]\w*Error|(\w+\.)?UnsupportedLayer", ast.unparse(node.func)):
+                    found[f"{file.name}:{node.lineno}"] = text_of(node.args[0])
     return found
 
 
