@@ -21,7 +21,8 @@ OPENING = re.compile(
 )
 ADDED = re.compile(r"^(:{3,}\{[\w:-]+\}[^\n]*\n):enumerat(?:or|ed): [^\n]*\n", re.MULTILINE)
 TAG = re.compile(r"\\tag\{[^}\n]*\}(?=\$\$[ \t]*\([\w-]+\))")
-LINK = re.compile(r"\[[^\]]*\]\(\S* \"(\{[\w:]+\}`[^`\"]+`)\"\)")
+# A bracket before it that nobody closed, as of an interval [0, 1), is no part of it.
+LINK = re.compile(r"\[(?:[^\[\]]|\[[^\[\]]*\])*\]\(\S* \"(\{[\w:]+\}`[^`\"]+`)\"\)")
 END = re.compile(r"^(:{3,}\{solution-end\}[ \t]*)\n(:{3,}[ \t]*)$", re.MULTILINE)
 COMMENT = re.compile(r"^% (:{3,}\{solution-end\}[ \t]*)\n% (:{3,}[ \t]*)$", re.MULTILINE)
 RESOLVER = "https://doi.org/"
