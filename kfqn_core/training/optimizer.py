@@ -138,7 +138,7 @@ class KFQN(torch.optim.Optimizer):
             ValueError: for a value out of range.
         """
         group = parameters.completed(param_group, self.defaults)
-        super().add_param_group({**group, **dict.fromkeys(checkpoint.COUNTERS, 0)})
+        super().add_param_group({**group, **dict.fromkeys(checkpoint.COUNTERS, 0), checkpoint.SHARE: 1.0})
 
     def warm_start(self, batches: Iterable[Any]) -> None:
         """Estimate every `A` from `batches` before the first step, as the 2020 method does over the whole training set.
@@ -274,7 +274,7 @@ class KFQN(torch.optim.Optimizer):
         """As `torch.optim.Optimizer.state_dict`, with counters in the groups; loads under `weights_only=True`."""
         counters = dict(zip(checkpoint.COUNTERS, (self._steps, self.skipped_steps, self._warm_started), strict=True))
         for group in self.param_groups:
-            group.update(counters)
+            group.update({**counters, checkpoint.SHARE: self._pairs.share})
         return super().state_dict()
 
     @torch.no_grad()
@@ -290,6 +290,6 @@ class KFQN(torch.optim.Optimizer):
             checkpoint.adopt_history(self, saved)
             super().load_state_dict({"state": {}, "param_groups": groups})
         checkpoint.load(self.plan, self.fallback, saved)
-        self._steps, skipped, self._warm_started = counters
+        self._steps, skipped, self._warm_started, self._pairs.share = counters
         self._skips.counts.copy_(torch.tensor([skipped, 0], device="cpu"))
         self.plan.watch_all()  # the first pass also tells which ranks there are

@@ -24,9 +24,11 @@ class Pairs(Protocol):
 
     Attributes:
         every_step: whether it looks at every mini-batch, and not only when curvature is updated.
+        share: of a step that is taken; less than one only where steps are guarded.
     """
 
     every_step: bool
+    share: float
 
     def evaluate(self, closure: Callable[[], Any] | None, refresh: bool) -> Any:
         """Run the closure, if there is one, and return its loss. RuntimeError if one is needed."""
@@ -55,6 +57,7 @@ class NoPairs:
     """`H_g` is the identity."""
 
     every_step = False
+    share: float = 1.0
 
     def evaluate(self, closure: Callable[[], Any] | None, refresh: bool) -> Any:
         """The closure's loss, or None."""
@@ -97,6 +100,9 @@ class NextBatch(NoPairs):
         self._batches = {}
 
 
+SHORTEST_SHARE = 2.0**-20
+
+
 class SamePoint(NoPairs):
     """The same mini-batch evaluated before and after the step: the papers' rule (chapter 8).
 
@@ -104,7 +110,11 @@ class SamePoint(NoPairs):
         model: that the closure evaluates.
         parameters: gives the parameters of the optimizer.
         ranks: that must not notice the second evaluation.
-        safeguard: whether a step that raised the loss is taken back.
+        safeguard: whether a step that raised the loss is taken back, and the next one is half as long.
+
+    Attributes:
+        share: of a step that is taken. It halves with every step that raised the loss, and doubles, up to the whole,
+            with every other. Else a method that has learnt a far too large `H_g` would try the same step for ever.
     """
 
     def __init__(
@@ -112,6 +122,7 @@ class SamePoint(NoPairs):
     ):  # fmt: skip
         self._model, self._parameters, self._ranks, self._safeguard = model, parameters, ranks, safeguard
         self._before: list[tuple[Tensor, Tensor]] = []  # parameters before the step, if it may be taken back
+        self._share: float | Tensor = 1.0
         self._loss: Any = None
         self._loss_after: Any = None
         self._closure: Callable[[], Any] | None = None
@@ -158,6 +169,7 @@ class SamePoint(NoPairs):
         """Evaluate again: the means of outputs and gradients of what ran inside the closure, both times."""
         if self._again is None or self._closure is None:
             return ()
+        self._shorten()
         after = self._evaluate_again(hooks)
         self._take_back()
         before = {name: record.since(self._began) for name, record in records.items()}
@@ -195,6 +207,23 @@ class SamePoint(NoPairs):
         finally:
             self.evaluating, self._again, self._closure = False, None, None
 
+    @property
+    def share(self) -> float:
+        """Reading it waits for the device."""
+        return float(self._share)
+
+    @share.setter
+    def share(self, value: float) -> None:
+        self._share = value
+
+    def _shorten(self) -> None:
+        """Only the share of the step that is taken."""
+        if self._before and not isinstance(self._share, Tensor):
+            self._share = self._before[0][0].new_tensor(self._share, dtype=torch.float32)
+        for p, old in self._before:
+            share = torch.as_tensor(self._share, device=p.device)
+            p.copy_(torch.where(share < 1, old.lerp(p, share.to(p.dtype)), p))
+
     def _take_back(self) -> None:
         """Every parameter as it was before the step, if the loss after it is larger than before or not a number."""
         before, self._before = self._before, []
@@ -208,6 +237,9 @@ class SamePoint(NoPairs):
         worse = ~(second <= first)
         for p, old in before:
             p.copy_(torch.where(worse.to(p.device), old, p))
+        share = torch.as_tensor(self._share, device=device)
+        changed = torch.where(worse, share / 2, share * 2).clamp(SHORTEST_SHARE, 1.0)
+        self._share = torch.where(torch.isfinite(first), changed, share)  # else the loss says nothing about the step
 
 
 def _wanting(batch: AnyBatch) -> AnyBatch:

@@ -75,3 +75,30 @@ def test_a_number_is_a_loss():
     before = values(model)
     optimizer.step(lambda: closure_of(model, optimizer)().item())
     assert all(torch.equal(value, before[name]) for name, value in values(model).items())
+
+
+def test_steps_are_shortened_until_one_helps_and_grow_again():
+    model = network()
+    optimizer = KFQN(model, 1e3, **presets.KBFGS_2020, safeguard=True)
+    closure = closure_of(model, optimizer)
+    losses = [optimizer.step(closure).item() for _ in range(60)]
+    shares = [1.0]
+    for before, after in pairwise(losses):
+        shares.append(shares[-1] / 2 if after == before else min(1.0, 2 * shares[-1]))
+    assert min(shares) < 1e-2
+    assert losses[-1] < 0.8 * losses[0]
+    assert optimizer.state_dict()["param_groups"][0]["step_share"] in (shares[-1] / 2, min(1.0, 2 * shares[-1]))
+
+
+def test_a_shortened_step_is_resumed():
+    model = network()
+    optimizer = KFQN(model, 1e3, **presets.KBFGS_2020, safeguard=True)
+    for _ in range(5):
+        optimizer.step(closure_of(model, optimizer))
+    twin = copy.deepcopy(model)
+    again = KFQN(twin, 1e3, **presets.KBFGS_2020, safeguard=True)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for _ in range(8):
+        optimizer.step(closure_of(model, optimizer))
+        again.step(closure_of(twin, again))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
