@@ -64,7 +64,10 @@ def _panels(frame: pd.DataFrame) -> tuple[plt.Figure, list[tuple[str, plt.Axes]]
     keys = [key for key in TITLES if key in set(frame["problem"])]
     columns = min(3, len(keys))
     rows = -(-len(keys) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.3 * columns, 2.7 * rows + 0.5), squeeze=False)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(3.3 * columns, 2.8 * rows + 0.5), squeeze=False, layout="constrained"
+    )
+    figure.get_layout_engine().set(h_pad=0.1)  # inches: the title of a panel belongs to it, not to the one above
     for ax in axes.flat[len(keys) :]:
         ax.remove()
     return figure, list(zip(keys, axes.flat, strict=False))
