@@ -24,7 +24,7 @@ class Pairs(Protocol):
 
     Attributes:
         every_step: whether it looks at every mini-batch, and not only when curvature is updated.
-        share: of a step that is taken; less than one only where steps are guarded.
+        share: of a step that is taken, if it is less than one: where steps are guarded.
     """
 
     every_step: bool
@@ -100,7 +100,7 @@ class NextBatch(NoPairs):
         self._batches = {}
 
 
-SHORTEST_SHARE = 2.0**-20
+LEAST, MOST = 2.0**-20, 2.0  # of the share
 
 
 class SamePoint(NoPairs):
@@ -113,8 +113,9 @@ class SamePoint(NoPairs):
         safeguard: whether a step that raised the loss is taken back, and the next one is half as long.
 
     Attributes:
-        share: of a step that is taken. It halves with every step that raised the loss, and doubles, up to the whole,
-            with every other. Else a method that has learnt a far too large `H_g` would try the same step for ever.
+        share: of a step that is taken, at most the whole. It halves with every step that raised the loss, and doubles, up
+            to `MOST`, with every other: one such step alone changes nothing. Several in a row do, else a method that has
+            learnt a far too large `H_g` would try the same step for ever.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class SamePoint(NoPairs):
     ):  # fmt: skip
         self._model, self._parameters, self._ranks, self._safeguard = model, parameters, ranks, safeguard
         self._before: list[tuple[Tensor, Tensor]] = []  # parameters before the step, if it may be taken back
-        self._share: float | Tensor = 1.0
+        self._share: float | Tensor = MOST
         self._loss: Any = None
         self._loss_after: Any = None
         self._closure: Callable[[], Any] | None = None
@@ -238,7 +239,7 @@ class SamePoint(NoPairs):
         for p, old in before:
             p.copy_(torch.where(worse.to(p.device), old, p))
         share = torch.as_tensor(self._share, device=device)
-        changed = torch.where(worse, share / 2, share * 2).clamp(SHORTEST_SHARE, 1.0)
+        changed = torch.where(worse, share / 2, share * 2).clamp(LEAST, MOST)
         self._share = torch.where(torch.isfinite(first), changed, share)  # else the loss says nothing about the step
 
 
