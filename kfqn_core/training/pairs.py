@@ -113,9 +113,9 @@ class SamePoint(NoPairs):
         safeguard: whether a step that raised the loss is taken back, and the next one is half as long.
 
     Attributes:
-        share: of a step that is taken, at most the whole. It halves with every step that raised the loss, and doubles, up
-            to `MOST`, with every other: one such step alone changes nothing. Several in a row do, else a method that has
-            learnt a far too large `H_g` would try the same step for ever.
+        share: of a step that is taken, at most the whole. It halves with every step that raised the loss, and doubles,
+            up to `MOST`, with every other: one such step alone changes nothing. Several in a row do, else a method that
+            has learnt a far too large `H_g` would try the same step for ever.
     """
 
     def __init__(
