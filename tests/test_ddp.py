@@ -120,18 +120,24 @@ def uneven(rank=None):
     return results
 
 
-def empty(rank=None):
-    """Rank 1 has no samples in every third step: half the gradient is left, and the statistics are those of rank 0."""
-    model, data = tanh_network(), batches()
-    wrapped = model if rank is None else DistributedDataParallel(model)
-    optimizer = KFQN(wrapped, lr=0.05, activation_factor="action")
+def parts_of_batches(rank):
+    """This rank's part of every mini-batch, all of it for None, and its weight; rank 1 has nothing of every third."""
+    data = batches()
     for k in range(LONG):
         (x, y), alone = data[k % len(data)], k % 3 == 0
         if alone:
             x, y = (t[: len(t) // 2] if rank != 1 else t[:0] for t in (x, y))
         elif rank is not None:
             x, y = x.chunk(2)[rank], y.chunk(2)[rank]
-        scale = 0.5 if alone and rank is None else 1.0
+        yield x, y, 0.5 if alone and rank is None else 1.0
+
+
+def empty(rank=None):
+    """Rank 1 has no samples in every third step: half the gradient is left, and the statistics are those of rank 0."""
+    model = tanh_network()
+    wrapped = model if rank is None else DistributedDataParallel(model)
+    optimizer = KFQN(wrapped, lr=0.05, activation_factor="action")
+    for x, y, scale in parts_of_batches(rank):
         optimizer.zero_grad()
         (scale * mean_loss(wrapped(x), y)).backward()
         optimizer.step()

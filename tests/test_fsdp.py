@@ -5,14 +5,11 @@ the number of ranks: parts are of different size, and of four ranks one often ha
 processes and some in a group of four, because starting a process costs seconds; the results are compared here.
 """
 
-import copy
 from unittest import mock
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import distributed, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -21,6 +18,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from kfqn_core import KFQN, describe, presets
 from kfqn_core.lab.ranks import messages, run
 from kfqn_core.parallel.shards import local, whole
+from tests.test_ddp import parts_of_batches
+from tests.test_faults import load, save
 from tests.test_optimizer import METHODS, batches, closure_for, error, square_loss, tanh_network, train
 from tests.test_optimizer_cnn import image_network, images
 
@@ -140,14 +139,7 @@ def accumulated_once(rank):
 def empty(rank=None):
     """Rank 1 has no samples in every third step: half the gradient is left, and the statistics are those of rank 0."""
     model, optimizer, _, _ = start((VECTORS, {"activation_factor": "action"}), rank)
-    data = batches()
-    for k in range(LONG):
-        (x, y), alone = data[k % len(data)], k % 3 == 0
-        if alone:
-            x, y = (t[: len(t) // 2] if rank != 1 else t[:0] for t in (x, y))
-        elif rank is not None:
-            x, y = x.chunk(2)[rank], y.chunk(2)[rank]
-        scale = 0.5 if alone and rank is None else 1.0
+    for x, y, scale in parts_of_batches(rank):
         optimizer.zero_grad()
         (scale * 0.5 * ((model(x) - y) ** 2).sum() / max(1, len(y))).backward()
         optimizer.step()
@@ -267,16 +259,6 @@ def traffic(rank):
     counted = sum(t.numel() * t.element_size() for t in by_key)
     table = describe(model, activation_factor="action")
     return sent, held, (numbers, counted, table.state_bytes), table.adam_bytes, str(optimizer)
-
-
-def save(model, optimizer, folder):
-    dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True)), checkpoint_id=folder)
-
-
-def load(model, optimizer, folder):
-    state = copy.deepcopy(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True)))
-    dcp.load(state, checkpoint_id=folder)
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 
 def saved(rank, folder):

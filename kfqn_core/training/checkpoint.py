@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kfqn_core.parallel.shards import RESHARDED, fits, local, part_for
 from kfqn_core.training.fallback import Fallback
+from kfqn_core.training.pairs import MOST
 from kfqn_core.training.plan import Plan
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def unpacked(
     if not groups or any(counter not in group for group in groups for counter in COUNTERS):
         raise ValueError(f"this is not a state of KFQN: its keys are {sorted(state_dict)}")
     groups = [{**defaults, "peak_lr": group.get("lr", defaults["lr"]), **group} for group in groups]
-    counters = [(*(group[counter] for counter in COUNTERS), group.get(SHARE, 2.0)) for group in groups]
+    counters = [(*(group[counter] for counter in COUNTERS), group.get(SHARE, MOST)) for group in groups]
     indices = [i for group in groups for i in group["params"]]
     if len(indices) != len(params):
         raise ValueError(f"the saved state is of {len(indices)} parameters, and this optimizer has {len(params)}")

@@ -138,7 +138,7 @@ class KFQN(torch.optim.Optimizer):
             ValueError: for a value out of range.
         """
         group = parameters.completed(param_group, self.defaults)
-        super().add_param_group({**group, **dict.fromkeys(checkpoint.COUNTERS, 0), checkpoint.SHARE: 2.0})
+        super().add_param_group({**group, **dict.fromkeys(checkpoint.COUNTERS, 0)})
 
     def warm_start(self, batches: Iterable[Any]) -> None:
         """Estimate every `A` from `batches` before the first step, as the 2020 method does over the whole training set.

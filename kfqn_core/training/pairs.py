@@ -110,7 +110,7 @@ class SamePoint(NoPairs):
         model: that the closure evaluates.
         parameters: gives the parameters of the optimizer.
         ranks: that must not notice the second evaluation.
-        safeguard: whether a step that raised the loss is taken back, and the next one is half as long.
+        safeguard: whether a step that raised the loss is taken back.
 
     Attributes:
         share: of a step that is taken, at most the whole. It halves with every step that raised the loss, and doubles,
@@ -219,8 +219,6 @@ class SamePoint(NoPairs):
 
     def _shorten(self) -> None:
         """Only the share of the step that is taken."""
-        if self._before and not isinstance(self._share, Tensor):
-            self._share = self._before[0][0].new_tensor(self._share, dtype=torch.float32)
         for p, old in self._before:
             share = torch.as_tensor(self._share, device=p.device)
             p.copy_(torch.where(share < 1, old.lerp(p, share.to(p.dtype)), p))
