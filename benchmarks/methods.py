@@ -26,7 +26,7 @@ from kfqn_core import KFQN, presets
 from kfqn_core.training import length, steadiness
 from kfqn_core.training.options import INTERVAL_GROWTH, Options
 
-__all__ = ["METHODS", "Method", "state_bytes"]
+__all__ = ["METHODS", "Method", "muon", "state_bytes"]
 
 EVERY = 10
 
@@ -131,7 +131,8 @@ class MuonAndAdam:
         self._matrices = [(nn.Parameter(p.detach().flatten(1)), p) for p in weights]
         muon = torch.optim.Muon([matrix for matrix, _ in self._matrices], lr=lr, **settings)
         others = [p for p in model.parameters() if p.ndim < 2]
-        adam = torch.optim.Adam(others, lr=lr, fused=True)
+        on_gpu = any(p.is_cuda for p in others)
+        adam = torch.optim.Adam(others, lr=lr, fused=True, capturable=on_gpu)  # its step may become a CUDA graph
         self._model, self._optimizers, self._bfloat16 = model, (muon, adam), bfloat16
         self.param_groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
@@ -165,6 +166,12 @@ def orthogonalised(matrix: Tensor, coefficients: tuple[float, float, float], ste
         gram = X @ X.mT
         X = torch.addmm(X, torch.addmm(gram, gram, gram, beta=b, alpha=c), X, beta=a)
     return X.mT if matrix.shape[0] > matrix.shape[1] else X
+
+
+def muon(model: nn.Module, lr: float) -> MuonAndAdam:
+    """Muon as it is fastest where the model lies: in bfloat16 on a GPU, in float32 on a CPU."""
+    method = METHODS["muon-bfloat16" if next(model.parameters()).is_cuda else "muon"]
+    return method.constructor(model, lr, **method.settings)
 
 
 def state_bytes(optimizer: Any) -> int:

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.counting import count
 from benchmarks.flops import floor_ratio, shapes
-from benchmarks.methods import METHODS, state_bytes
+from benchmarks.methods import METHODS, muon, state_bytes
 from benchmarks.timing import NEVER, mean_interval
 from kfqn_core import KFQN, capture
 from kfqn_core.lab.further_problems import token_cross_entropy
@@ -119,7 +119,7 @@ def fused_adam(model: nn.Module, lr: float | Tensor = 1e-4) -> torch.optim.Optim
 CONTESTANTS: dict[str, Callable[[nn.Module], Any]] = {
     "forward and backward": Nothing,
     "adam": fused_adam,
-    "muon": lambda model: METHODS["muon"].constructor(model, 1e-4, **METHODS["muon"].settings),
+    "muon": lambda model: muon(model, 1e-4),
     "soap": lambda model: METHODS["soap"].constructor(model, 1e-4, **METHODS["soap"].settings),
     "kfqn, updating": lambda model: KFQN(model, 1e-4, refresh=1),
     "kfqn, between updates": lambda model: KFQN(model, 1e-4, refresh=NEVER),

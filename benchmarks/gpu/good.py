@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu.fast import captured, fused_adam
-from benchmarks.methods import METHODS
+from benchmarks.methods import METHODS, muon
 from benchmarks.problems import TASKS
 from kfqn_core import KFQN, capture, presets
 from kfqn_core.lab.problems import Problem, digits_autoencoder
-from kfqn_core.lab.training import cosine
+from kfqn_core.lab.training import linear
 
 __all__ = ["SAYS", "measure"]
 
@@ -44,8 +44,7 @@ class Contestant:
 CONTESTANTS = (
     Contestant("kfqn", lambda model, lr: KFQN(model, lr), (0.01, 0.03, 0.1), graphed=True),
     Contestant("adam", lambda model, lr: fused_adam(model, lr), (0.001, 0.003, 0.01), graphed=True),
-    Contestant("muon", lambda model, lr: METHODS["muon"].constructor(model, lr, **METHODS["muon"].settings),
-               (0.003, 0.01, 0.03)),
+    Contestant("muon", muon, (0.003, 0.01, 0.03)),
     Contestant("soap", lambda model, lr: METHODS["soap"].constructor(model, lr, **METHODS["soap"].settings),
                (0.003, 0.01)),
     Contestant("K-BFGS 2020", lambda model, lr: KFQN(model, lr, **{**presets.KBFGS_2020, "damping": 0.3}),
@@ -109,7 +108,7 @@ def _run(
         step = capture(optimizer, closure) if isinstance(optimizer, KFQN) else captured(eager)
     for done, indices in enumerate(_orders(problem, epochs, seed), start=1):
         if contestant.schedule:
-            _set_rate(optimizer, lr * cosine(done / (epochs * steps + 1)))
+            _set_rate(optimizer, lr * linear(done / (epochs * steps + 1)))
         torch.index_select(problem.x_train, 0, indices, out=x)
         torch.index_select(problem.y_train, 0, indices, out=y)
         step()
