@@ -60,12 +60,21 @@ def _runs(lines: list[dict[str, Any]]) -> list[str]:
         short, long = ([run for run in own if run["epochs"] == epochs] for epochs in (EPOCHS, LONG))
         name = f"**{method.upper()}**" if method == "kfqn" else method
         cells = [
-            f"{name}, {mode}", f"{own[0]['lr']:g}", f"{mean(run['loss'][-1] for run in short):.1f}",
+            f"{name}, {mode}", f"{own[0]['lr']:g}", _loss(short),
             f"{mean(run['seconds'][-1] / EPOCHS / 60 for run in short) * 1e3:.2f} ms",
             _time(short, TARGETS[0]), _time(long, TARGETS[1]) if long else "not run",
         ]  # fmt: skip
         rows.append(f"| {' | '.join(cells)} |")
     return rows
+
+
+def _loss(runs: list[dict[str, Any]]) -> str:
+    """The mean over the runs that did not diverge, and how many did: whose loss is not a number, or grew."""
+    alive = [run["loss"] for run in runs if run["loss"][-1] is not None and run["loss"][-1] < run["loss"][0]]
+    diverged = f"{len(runs) - len(alive)} of {len(runs)} diverged"
+    if not alive:
+        return diverged
+    return f"{mean(loss[-1] for loss in alive):.1f}" + (f", {diverged}" if len(alive) < len(runs) else "")
 
 
 def _time(runs: list[dict[str, Any]], target: float) -> str:

@@ -43,3 +43,9 @@ def test_the_tables_are_those_of_the_lines():
     ]  # fmt: skip
     assert f"| {sum(runs) / len(runs):.2f} |" in next(row for row in shown.splitlines() if row.startswith("| muon"))
     assert "not reached" in next(row for row in shown.splitlines() if row.startswith("| adam, graph"))
+    lost = [
+        line["loss"][-1] is None for line in written
+        if line.get("method") == "K-BFGS 2020" and line["seed"] in (1, 2)
+    ]  # fmt: skip
+    row = next(row for row in shown.splitlines() if row.startswith("| K-BFGS 2020"))
+    assert f"{sum(lost)} of 2 diverged" in row  # and the mean is that of the other
