@@ -164,6 +164,14 @@ def test_constants_that_no_pair_passes_are_refused(c1, c2):
         cautious(torch.ones(2), torch.ones(2), c1, c2)
 
 
+@pytest.mark.parametrize(
+    ("gamma", "memory", "named"), [(0.0, 3, "gamma"), (-1.0, 3, "gamma"), (math.inf, 3, "gamma"), (1.0, 0, "memory")]
+)
+def test_a_memory_that_there_is_not_has_no_bounds(gamma, memory, named):
+    with pytest.raises(ValueError, match=f"{named} must be"):
+        limited_memory_bounds(gamma, memory, 1.0, 2.0)
+
+
 @pytest.mark.parametrize(("curvature", "passes"), [(0.49, False), (0.51, True), (2.9, True), (3.1, False)])
 def test_cautious_measures_both_vectors_by_their_product(curvature, passes):
     """|s|^2 <= 2 s'y and |y|^2 <= 3 s'y, in four dimensions: curvatures from 1/2 to 3."""

@@ -230,6 +230,8 @@ def test_no_tensor_is_read_on_the_host():
         (lambda: powell_on_inverse(torch.ones(2), ONE, ONE, 0.2), ValueError, r"'H_y': \[2\], 's': \[3\]"),
         (lambda: powell_on_identity(ONE, ONE.double(), 0.2), TypeError, "float32.*float64"),
         (lambda: levenberg_marquardt(ONE.long(), ONE.long(), 0.2), TypeError, "int64"),
+        (lambda: powell_on_inverse([1.0], ONE, ONE, 0.2), TypeError, r"H_y is a list; expected a tensor \[..., n\]"),
+        (lambda: powell_on_identity(ONE, ONE.to("meta"), 0.2), TypeError, "s torch.float32 on cpu, y .* on meta"),
     ],
 )
 def test_bad_input_is_named(call, error, message):

@@ -364,7 +364,11 @@ INVERSE = LimitedMemoryInverse(3, 2)
     ("call", "error", "message"),
     [
         (lambda: bfgs_inverse_update(torch.eye(4), V3, V3), ValueError, r"\[4, 4\] and s \[3\]"),
-        (lambda: bfgs_inverse_update(torch.eye(3), V3, V4), ValueError, r"\[3\] and \[4\]"),
+        (lambda: bfgs_inverse_update([[1.0]], V3, V3), TypeError, r"H is a list; expected a tensor \[..., n, n\]"),
+        (lambda: bfgs_inverse_update(torch.eye(3), [1.0], V3), TypeError, "s is a list"),
+        (lambda: bfgs_inverse_update(torch.eye(3).to("meta"), V3, V3), TypeError, "meta and cpu; convert the pair"),
+        (lambda: bfgs_inverse_update(torch.eye(3), V3, V3.to("meta")), TypeError, "s .* on cpu, y .* on meta"),
+        (lambda: bfgs_inverse_update(torch.eye(3), V3, V4), ValueError, r"'s': \[3\], 'y': \[4\]"),
         (lambda: bfgs_inverse_update(torch.eye(3), V3.expand(2, 3), V3.expand(2, 3)), ValueError, "leading batch"),
         (lambda: bfgs_inverse_update(torch.eye(3), V3.double(), V3.double()), TypeError, "float32 and torch.float64"),
         (lambda: bfgs_inverse_update(torch.eye(3), V3.long(), V3.long()), TypeError, "int64"),

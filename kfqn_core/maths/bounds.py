@@ -27,7 +27,10 @@ class Ratios(NamedTuple):
 
 
 def pair_ratios(H_y: Tensor, s: Tensor, y: Tensor) -> Ratios:
-    """The three ratios of pairs `[..., n]` with `s'y > 0`, each `[...]`; `H_y` is `H y`."""
+    """The three ratios of pairs `[..., n]` with `s'y > 0`, each `[...]`; `H_y` is `H y`.
+
+    Raises TypeError/ValueError for vectors that do not fit together. Source: derived in chapter 7.
+    """
     check_vectors(H_y=H_y, s=s, y=y)
     sy = (s * y).sum(-1)
     return Ratios((s * s).sum(-1) / sy, (y * H_y).sum(-1) / sy, (y * y).sum(-1) / sy)
@@ -58,7 +61,8 @@ def update_bounds(low: Number, high: Number, ratios: Ratios) -> tuple[Number, Nu
 def cautious(s: Tensor, y: Tensor, c1: float, c2: float) -> Tensor:
     """Whether a pair `[..., n]` may enter a limited memory with provable bounds: `|s|^2 <= c1 s'y`, `|y|^2 <= c2 s'y`.
 
-    Bool `[...]`; false for `s'y <= 0` and for NaN. `c1 c2` is at least 1, since no pair passes otherwise.
+    Bool `[...]`; false for `s'y <= 0` and for NaN. Raises ValueError unless `c1 c2` is at least 1, since no pair passes
+    otherwise, and TypeError/ValueError for vectors that do not fit together. Source: derived in chapter 7.
     """
     check_vectors(s=s, y=y)
     _check_cautious(c1, c2)
@@ -67,8 +71,15 @@ def cautious(s: Tensor, y: Tensor, c1: float, c2: float) -> Tensor:
 
 
 def limited_memory_bounds(gamma: float, memory: int, c1: float, c2: float) -> tuple[float, float]:
-    """Bounds of the eigenvalues of a `LimitedMemoryInverse` all of whose pairs passed `cautious(s, y, c1, c2)`."""
+    """Bounds of the eigenvalues of a `LimitedMemoryInverse` all of whose pairs passed `cautious(s, y, c1, c2)`.
+
+    Raises ValueError unless `gamma` is positive and finite, `memory` a positive integer, and `c1 c2` at least 1.
+    Source: derived in chapter 7.
+    """
+    _check_positive(gamma=gamma)
     _check_cautious(c1, c2)
+    if not isinstance(memory, int) or memory < 1:
+        raise ValueError(f"memory must be a positive integer, got {memory!r}: the number of pairs that are kept")
     high = gamma
     for _ in range(memory):
         high = c1 * c2 * high + c1  # r1 r3 |H| + r1, the second bound of one update

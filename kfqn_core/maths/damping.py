@@ -5,7 +5,8 @@ estimate would not be positive definite. Each function takes vectors `[..., n]` 
 independent pairs) and returns the damped `(s, y)`; where nothing needs to change, it returns the values it was given.
 A pair of zeros stays a pair of zeros. Nothing here reads a tensor's value on the host.
 
-What a damping guarantees is in `bounds`.
+All raise TypeError for vectors that are no tensors of one real dtype on one device or a `mu` that is no Python number,
+and ValueError for vectors of different shapes or a `mu` out of its range. What a damping guarantees is in `bounds`.
 """
 
 import math
@@ -77,12 +78,27 @@ def _interpolate(vector: Tensor, safe: Tensor, product: Tensor, safe_product: Te
 
 
 def check_vectors(**vectors: Tensor) -> None:
-    dtypes = {vector.dtype for vector in vectors.values()}
+    """Raise unless all are tensors `[..., n]` of one shape, of one real dtype and on one device.
+
+    Raises:
+        TypeError: for something else than a tensor, or for another dtype or device.
+        ValueError: for another shape.
+    """
+    for name, vector in vectors.items():
+        if not isinstance(vector, Tensor):
+            raise TypeError(f"{name} is a {type(vector).__name__}; expected a tensor [..., n]")
+    kinds = {(vector.dtype, vector.device) for vector in vectors.values()}
+    if len(kinds) > 1 or not all(dtype.is_floating_point for dtype, _ in kinds):
+        found = ", ".join(f"{name} {vector.dtype} on {vector.device}" for name, vector in vectors.items())
+        raise TypeError(
+            f"{', '.join(vectors)} must share a real floating dtype and a device, got {found}: convert to one"
+        )
     shapes = {name: list(vector.shape) for name, vector in vectors.items()}
-    if len(dtypes) > 1 or not all(dtype.is_floating_point for dtype in dtypes):
-        raise TypeError(f"{', '.join(vectors)} must share a real floating dtype, got {sorted(map(str, dtypes))}")
     if any(shape != shapes["s"] or not shape for shape in shapes.values()):
-        raise ValueError(f"{', '.join(vectors)} must have the same shape [..., n], got {shapes}")
+        raise ValueError(
+            f"{', '.join(vectors)} must have the same shape [..., n], got {shapes}: give all the same leading batch "
+            "dimensions"
+        )
 
 
 def _check_fraction(value: float, name: str, advice: str) -> None:

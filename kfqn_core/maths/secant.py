@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kfqn_core.maths.damping import check_vectors
+
 
 def bfgs_inverse_update(H: Tensor, s: Tensor, y: Tensor) -> Tensor:
     """The BFGS update of an inverse Hessian estimate: a new `H+` with `H+ y = s`.
@@ -227,17 +229,19 @@ def _rank_two(Hy: Tensor, s: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def _check_update(H: Tensor, s: Tensor, y: Tensor) -> None:
     _check_pair(s, y)
+    if not isinstance(H, Tensor):
+        raise TypeError(f"H is a {type(H).__name__}; expected a tensor [..., n, n]")
     if H.dim() < 2 or H.shape[-1] != H.shape[-2] or H.shape[:-1] != s.shape:
         raise ValueError(
             f"H must be [..., n, n] for pairs [..., n], got H {list(H.shape)} and s {list(s.shape)}; "
             "give all three the same leading batch dimensions"
         )
-    if H.dtype != s.dtype:
-        raise TypeError(f"H and the pair must share a dtype, got {H.dtype} and {s.dtype}; convert the pair")
+    if (H.dtype, H.device) != (s.dtype, s.device):
+        raise TypeError(
+            f"H and the pair must share a dtype and a device, got {H.dtype} and {s.dtype}, {H.device} and {s.device}; "
+            "convert the pair"
+        )
 
 
 def _check_pair(s: Tensor, y: Tensor) -> None:
-    if not s.is_floating_point() or s.dtype != y.dtype:
-        raise TypeError(f"s and y must share a real floating dtype, got {s.dtype} and {y.dtype}")
-    if s.dim() < 1 or s.shape != y.shape:
-        raise ValueError(f"s and y must have the same shape [..., n], got {list(s.shape)} and {list(y.shape)}")
+    check_vectors(s=s, y=y)
