@@ -6,8 +6,9 @@ timed, the capture of graphs is.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,12 +68,18 @@ def measure(write: Callable[[dict[str, Any]], None], real: bool) -> None:
         runs = {lr: _run(problem, contestant, lr, epochs[0], seed=0) for lr in contestant.rates}
         for run in runs.values():
             write(run)
-        best = min(runs, key=lambda lr: runs[lr]["loss"][-1])
+        best = chosen(runs)
         for seed in (1, 2):
             write(_run(problem, contestant, best, epochs[0], seed))
         if contestant.graphed:
             write(_run(problem, contestant, best, epochs[0], seed=1, graphed=False))
             write(_run(problem, contestant, best, epochs[1], seed=1))
+
+
+def chosen(runs: Mapping[float, Mapping[str, Any]]) -> float:
+    """The rate whose run ended with the lowest loss; one whose loss is no number comes last."""
+    ends = {lr: run["loss"][-1] for lr, run in runs.items()}
+    return min(ends, key=lambda lr: (math.isnan(ends[lr]), ends[lr]))
 
 
 def _run(

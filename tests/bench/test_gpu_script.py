@@ -1,6 +1,7 @@
 """`make gpu` without a GPU: the same script at toy sizes; and the tables that are made of what it writes."""
 
 import json
+import math
 
 from benchmarks.__main__ import main
 from benchmarks.gpu import fast, good
@@ -29,6 +30,12 @@ def test_the_rehearsal_runs_every_part_and_says_that_it_is_one(tmp_path, capfd):
     said = capfd.readouterr().out
     assert "a rehearsal at toy sizes on the CPU, whose numbers mean nothing" in said
     assert all(case.name in said for case in fast.CASES)
+
+
+def test_a_rate_that_diverges_is_not_chosen_because_it_is_the_first():
+    runs = {0.3: {"loss": [5.0, math.nan]}, 0.1: {"loss": [5.0, 2.0]}, 0.01: {"loss": [5.0, 1.0]}}
+    assert good.chosen(runs) == 0.01
+    assert good.chosen({**runs, 0.01: {"loss": [5.0, math.inf]}}) == 0.1
 
 
 def test_the_tables_are_those_of_the_lines():
