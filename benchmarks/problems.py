@@ -64,7 +64,7 @@ class Task:
         """The training loss of the best answer that does not look at its input: learning begins below it."""
         y = self.problem.y_train
         if self.likelihood == "categorical":
-            counts = torch.bincount(y[y >= 0]).double()  # a label below zero is none
+            counts = torch.bincount(y.flatten()).double()  # [n], or [n, T] where a sample has several labels
             return torch.special.entr(counts / counts.sum()).sum().item()
         mean = y.double().mean(0)
         if self.likelihood == "gaussian":

@@ -27,10 +27,7 @@ __all__ = [
 ]  # fmt: skip
 
 TURNS = 31  # the median's 95 % interval then runs from the 11th to the 21st turn
-STEPS, SECONDS = (
-    4,
-    0.05,
-)  # a turn has as many steps at least, and lasts as long: a scheduler's slice is some milliseconds
+STEPS, SECONDS = 4, 0.05  # a turn has so many steps at least, and lasts so long: a scheduler's slice is milliseconds
 REFERENCES = ("adam", "sgd")
 NEVER = 10**9  # a refresh interval that no run reaches
 USUAL_STEPS, ROUNDS = 200, 10
