@@ -144,9 +144,8 @@ def _closed(definition: ast.FunctionDef) -> Iterator[ast.AST]:
             door |= bool(DOOR.match(name)) or name == "warn"
         if door:
             yield from ast.walk(node)
-        strict = (
-            node.value if isinstance(node, ast.keyword) and node.arg == "strict" else None
-        )  # of zip: a door as well
+        # `strict` of zip is a door as well.
+        strict = node.value if isinstance(node, ast.keyword) and node.arg == "strict" else None
         for other in (getattr(node, "annotation", None), getattr(node, "returns", None), strict):
             if other is not None:
                 yield from ast.walk(other)

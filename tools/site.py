@@ -108,11 +108,11 @@ def _page(
     page.cells = cells
     heading = next(cell for cell in page.cells if cell.cell_type == "markdown")
     title, _, text = heading.source.partition("\n")
-    heading.source = f"{title}\n\n{note}{_requirements(book, chapter)}{text}"
+    heading.source = f"{title}\n\n{note}{_requirements(chapter)}{text}"
     return page
 
 
-def _requirements(book: Book, chapter: Chapter) -> str:
+def _requirements(chapter: Chapter) -> str:
     if not chapter.requires:
         return ""
     return "*Builds on* " + ", ".join(f"{{doc}}`{slug}`" for slug in chapter.requires) + ".\n\n"

@@ -21,7 +21,7 @@ def show_source(obj: Any) -> Markdown:
     relative to the folder that holds its package, e.g. `kfqn_core/maths/algebra.py`. What the chapter itself defines,
     in a cell that is closed on the page, is shown without a place.
 
-    Raises ``TypeError`` for what has no Python source (a builtin, an instance, a number).
+    Raises `TypeError` for what has no Python source (a builtin, an instance, a number).
     """
     target: Any = obj.fget if isinstance(obj, property) else inspect.unwrap(obj) if callable(obj) else obj
     try:
@@ -39,9 +39,8 @@ def show_source(obj: Any) -> Markdown:
     fence = "`" * (1 + max([2, *(len(run) for run in re.findall("`+", source))]))
     first = max(start, 1)  # inspect counts the lines of a module from 0
     place = f"`{_path_in_package(target, Path(file))}`, lines {first}–{first + len(lines) - 1}"
-    if (
-        getattr(target, "__module__", None) == "__main__"
-    ):  # a cell: its file is the kernel's, and has another name each time
+    if getattr(target, "__module__", None) == "__main__":
+        # A cell: its file is the kernel's, and has another name each time.
         place = "From the first cell of this chapter:"
     return Markdown(f"{place}\n\n{fence}python\n{source}\n{fence}\n")
 
