@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from typing import Any
 
@@ -15,6 +16,7 @@ def replace(target: str, code: str) -> None:
 
     Raises:
         AttributeError: if there is no such object any more.
+        TypeError: if it takes other parameters by now: a call that fails is another mistake than the one meant.
     """
     path, attribute = target.split("."), ""
     owner: Any = None
@@ -32,8 +34,17 @@ def replace(target: str, code: str) -> None:
     original = vars(owner)[attribute]
     namespace = {**vars(module), "original": original}
     exec(code, namespace)
+    taken, given = (_parameters(function) for function in (namespace["broken"], original))
+    if taken != given:
+        raise TypeError(f"{target} takes {given}, and its break {taken}: give the break the same parameters")
     setattr(owner, attribute, namespace["broken"])
     if owner is module:
         for name, user in list(sys.modules.items()):
             if name.startswith("kfqn_core") and vars(user).get(attribute) is original:
                 setattr(user, attribute, namespace["broken"])
+
+
+def _parameters(function: Any) -> list[str]:
+    """The names of what a function takes, or that of a property, a class method or a static method."""
+    plain = getattr(function, "fget", None) or getattr(function, "__func__", function)
+    return list(inspect.signature(plain).parameters)

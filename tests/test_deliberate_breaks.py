@@ -152,7 +152,7 @@ BREAKS = [
         "a foreign backward counts",
         {
             "kfqn_core.estimate.hooks.reach": "broken = lambda leaf: 'yes'",
-            "kfqn_core.estimate.hooks.Watch._cleared": "broken = lambda self: False",
+            "kfqn_core.estimate.hooks.Watch._cleared": "broken = lambda self, others: False",
         },
         (CLEARED, "tests/test_uses.py::test_gradients_that_are_taken_and_assigned_count_as_accumulated_ones"),
     ),
@@ -160,7 +160,7 @@ BREAKS = [
         "gradients zeroed in place are not noticed",
         {
             "kfqn_core.estimate.hooks.Watch._cleared": """
-            def broken(self):
+            def broken(self, others):
                 return self.mode != "second pass" and self._weight.grad is None
             """
         },
