@@ -54,9 +54,13 @@ class Browser:
             stderr=subprocess.DEVNULL,
         )
         self.count, self.session = 0, None
-        self.socket = websocket.create_connection(self._address(), timeout=90 + patience_s, max_size=None)
-        page = next(t for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page")
-        self.session = self.call("Target.attachToTarget", targetId=page["targetId"], flatten=True)["sessionId"]
+        try:
+            self.socket = websocket.create_connection(self._address(), timeout=90 + patience_s, max_size=None)
+            page = next(t for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page")
+            self.session = self.call("Target.attachToTarget", targetId=page["targetId"], flatten=True)["sessionId"]
+        except BaseException:  # nobody enters the context, so that nobody would leave it
+            self._stop()
+            raise
 
     def _address(self) -> str:
         told, stop = Path(self.home.name) / "DevToolsActivePort", time.monotonic() + 60
@@ -72,8 +76,16 @@ class Browser:
 
     def __exit__(self, *exception: object) -> None:
         self.socket.close()
+        self._stop()
+
+    def _stop(self) -> None:
+        """End the process and remove its folder."""
         self.process.terminate()
-        self.process.wait(30)
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
         self.home.cleanup()
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
