@@ -120,7 +120,7 @@ ONE := P2 P7 P3 P11 P15 P1 P5 P10
 OTHER := P13 P12 P16 P17 P6 P8
 bench-full: setup ## run what is missing from benchmarks/results (hours), then write tables and figures
 	$(RUN) --costs-only --problems $(ONE) $(OTHER)
-	$(RUN) --problems $(ONE) & first=$$!; $(RUN) --problems $(OTHER) && wait $$first
+	$(RUN) --problems $(ONE) & first=$$!; $(RUN) --problems $(OTHER); second=$$?; wait $$first && exit $$second
 	$(BIN)/python -m benchmarks report
 
 gpu: setup ## all that a GPU shows, in eight minutes: right, fast, good; without one a rehearsal
