@@ -15,14 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from kfqn_core.layers import InProjectionView, LinearView, UnsupportedLayer, parts, view
 from kfqn_core.truth import exact
 from kfqn_core.truth.ladder import structured_hessian
+from tests.measures import relative
 
 F64 = torch.float64
 E, HEADS, N, L, S = 6, 2, 4, 5, 3
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    assert actual.shape == expected.shape
-    return ((actual - expected).norm() / expected.norm().clamp(min=1e-300)).item()
 
 
 def attention(dtype=F64, **options) -> nn.MultiheadAttention:

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kfqn_core.layers import ConvView, UnsupportedLayer, view
 from kfqn_core.truth import exact
 from kfqn_core.truth.ladder import structured_hessian
+from tests.measures import LargestTensor, relative
 
 F64 = torch.float64
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -26,11 +27,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning"),
 ]
 many = settings(derandomize=True, deadline=None, database=None)
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    assert actual.shape == expected.shape
-    return ((actual - expected).norm() / expected.norm().clamp(min=1e-300)).item()
 
 
 @dataclass(frozen=True)
@@ -360,19 +356,6 @@ def test_nothing_is_read_on_the_host():
             assert value.shape == {"A": (2, 13, 13), "patches": (5, 2, 45, 13)}.get(name, (2, 13))
         assert v.sum_output(layer(x)).shape == (2, 3)
         v.from_matrix(v.to_matrix(layer.weight, layer.bias))
-
-
-class LargestTensor(TorchDispatchMode):
-    """The number of entries of the largest tensor that any operation returns."""
-
-    entries = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple) else (result,):
-            if isinstance(tensor, Tensor):
-                self.entries = max(self.entries, tensor.numel())
-        return result
 
 
 def test_statistics_need_no_patches():

@@ -5,20 +5,15 @@ import re
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfqn_core.layers import ExpertsView, UnsupportedLayer, parts, view
 from kfqn_core.truth import exact
+from tests.measures import LargestTensor, relative
 
 F64 = torch.float64
 # PyTorch's own: it compiles a derivative with a deprecated tool.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 EXPERTS, D, INNER, N, K = 5, 8, 4, 30, 2
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    assert actual.shape == expected.shape
-    return ((actual - expected).norm() / expected.norm().clamp(min=1e-300)).item()
 
 
 class MixtralExperts(nn.Module):
@@ -126,19 +121,6 @@ def test_statistics_are_those_of_the_rows_that_are_routed():
     h = torch.einsum("ngti,goi->ntgo", v.patches(sequences), v.to_matrix(module.gate_up_proj, None)).flatten(2)
     assert relative(v.outputs(h), v.patches(sequences) @ module.gate_up_proj.mT) < 1e-13
     assert relative(v.sum_output(h), v.outputs(h).sum((0, 2))) < 1e-13
-
-
-class LargestTensor(TorchDispatchMode):
-    """The number of entries of the largest tensor that any operation returns."""
-
-    entries = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple) else (result,):
-            if isinstance(tensor, Tensor):
-                self.entries = max(self.entries, tensor.numel())
-        return result
 
 
 def test_statistics_need_no_masked_copies():

@@ -10,22 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call, jacfwd
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfqn_core.layers import TransposedConvView, UnsupportedLayer, parts, view
 from kfqn_core.truth import exact
 from kfqn_core.truth.ladder import structured_hessian
+from tests.measures import LargestTensor, relative
 
 F64 = torch.float64
 KINDS = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 # PyTorch's own: it compiles a derivative with a deprecated tool.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 many = settings(derandomize=True, deadline=None, database=None)
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    assert actual.shape == expected.shape
-    return ((actual - expected).norm() / expected.norm().clamp(min=1e-300)).item()
 
 
 @dataclass(frozen=True)
@@ -220,19 +215,6 @@ def test_gradients_go_through_the_same_door(bias):
     expected = torch.einsum("ngto,ngti->goi", g, v.patches(x)) / len(x)
     gradient = v.to_matrix(layer.weight.grad, layer.bias.grad if bias else None)
     assert relative(gradient, expected) < 1e-13  # a few dozen float64 roundings
-
-
-class LargestTensor(TorchDispatchMode):
-    """The number of entries of the largest tensor that any operation returns."""
-
-    entries = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple) else (result,):
-            if isinstance(tensor, Tensor):
-                self.entries = max(self.entries, tensor.numel())
-        return result
 
 
 def test_statistics_need_no_patches_and_no_zeros_between():
