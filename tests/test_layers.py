@@ -187,6 +187,20 @@ def test_bad_types_are_refused(bad):
         v.patches(bad)
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda layer, v, x: v.activation_action(x, [1.0]), "layer's vector v must be .* tensor, not list"),
+        (lambda layer, v, x: v.from_matrix(None), "matrix W .* not NoneType"),
+        (lambda layer, v, x: v.to_matrix(None, layer.bias), "weight .* not NoneType"),
+        (lambda layer, v, x: v.to_matrix(layer.weight, [1.0]), "bias .* not list"),
+    ],
+)
+def test_what_is_no_tensor_is_named(call, message):
+    with pytest.raises(TypeError, match=message):
+        call(*case((7, 5), True))
+
+
 def test_wrong_matrices_and_vectors_are_refused():
     layer, v, x = case((7, 5), True)
     with pytest.raises(ValueError, match="last entry belongs to the bias"):

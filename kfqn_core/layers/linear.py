@@ -99,6 +99,7 @@ def as_rows(x: Tensor, features: int, what: str) -> Tensor:
 
 
 def check_rows(x: Tensor, features: int, what: str) -> None:
+    """Raise unless `x` is `[N, ..., features]`, real and not empty."""
     check_floating(x, what)
     if x.ndim < 2 or x.shape[-1] != features or x.numel() == 0:
         raise ValueError(

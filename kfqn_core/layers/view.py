@@ -170,8 +170,12 @@ class LayerView(ABC):
     def to_matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`[W | b]` per group, `[groups, d_out, d_in]`, from tensors shaped like the layer's parameters.
 
-        Raises ValueError if the shapes are not the layer's, or if a bias is missing or superfluous.
+        Raises TypeError for something else than real numbers in a tensor, and ValueError if the shapes are not the
+        layer's, or if a bias is missing or superfluous.
         """
+        check_floating(weight, "weight")
+        if bias is not None:
+            check_floating(bias, "bias")
         if tuple(weight.shape) != self.weight_shape:
             raise ValueError(
                 f"weight has shape {tuple(weight.shape)}, but the layer's is {self.weight_shape}; "
@@ -193,8 +197,9 @@ class LayerView(ABC):
     def from_matrix(self, W: Tensor) -> tuple[Tensor, Tensor | None]:
         """`(weight, bias or None)` in the layer's own shapes, from `[groups, d_out, d_in]`.
 
-        Raises ValueError if W has another shape.
+        Raises TypeError if W is no tensor of real numbers, and ValueError if it has another shape.
         """
+        check_floating(W, "matrix W")
         expected = (self.groups, self.d_out, self.d_in)
         if tuple(W.shape) != expected:
             raise ValueError(f"W has shape {tuple(W.shape)}, but this layer needs [groups, d_out, d_in] = {expected}")
@@ -203,6 +208,8 @@ class LayerView(ABC):
         return self.weight_of(W[..., :-1]), W[..., -1].reshape(-1)
 
     def check_vectors(self, v: Tensor) -> None:
+        """Raise TypeError unless `v` holds real numbers, ValueError unless it is `[groups, d_in(, k)]`."""
+        check_floating(v, "vector v")
         if v.dim() not in (2, 3) or tuple(v.shape[:2]) != (self.groups, self.d_in):
             raise ValueError(
                 f"v has shape {tuple(v.shape)}, but this layer needs [groups, d_in] = {(self.groups, self.d_in)}, with "
@@ -232,9 +239,10 @@ class Part:
 
 
 def check_floating(x: Tensor, what: str) -> None:
+    """Raise TypeError unless the layer's `what` is a tensor of a real floating-point dtype."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         found = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"the layer's {what} must be a real floating-point tensor, not {found}")
+        raise TypeError(f"the layer's {what} must be a real floating-point tensor, not {found}; convert it first")
 
 
 def dtype_of_sums(x: Tensor) -> torch.dtype:
