@@ -147,4 +147,4 @@ lock: setup ## write the versions of .venv to constraints.txt
 
 clean: ## remove what was built, keep .venv and the course: nobody can build answers and grades again
 	@if [ -e out/course ]; then echo "out/course holds grades and answers of an earlier version: move it away first."; exit 1; fi
-	rm -rf out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
