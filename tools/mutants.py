@@ -45,7 +45,11 @@ settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate], de
 
 
 def forked(work: Callable[[], Any], limit_s: float) -> Any:
-    """What `work()` returns in a fork of this process, as JSON can say it; None if it died or took too long."""
+    """What `work()` returns in a fork of this process, as JSON can say it; None if it died or took too long.
+
+    Raises:
+        RuntimeError: with what `work` has raised: a fault of this program, and no mutant that was caught.
+    """
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -56,14 +60,20 @@ def forked(work: Callable[[], Any], limit_s: float) -> Any:
             quiet = os.open(os.devnull, os.O_WRONLY)
             os.dup2(quiet, 1)
             os.dup2(quiet, 2)
-            os.write(write, json.dumps(work()).encode())
+            try:
+                said = json.dumps({"returned": work()})
+            except Exception as error:
+                said = json.dumps({"raised": f"{type(error).__name__}: {error}"})
+            os.write(write, said.encode())
         finally:
             os._exit(0)
     os.close(write)
     with os.fdopen(read, "rb") as pipe:
-        said = pipe.read()
+        answer = json.loads(pipe.read() or "{}")
     os.waitpid(child, 0)
-    return json.loads(said) if said else None
+    if "raised" in answer:
+        raise RuntimeError(f"trying a mutant failed by itself: {answer['raised']}")
+    return answer.get("returned")
 
 
 # ---- tests ---------------------------------------------------------------------------------------------------------

@@ -104,6 +104,8 @@ def test_a_sample_is_drawn_by_its_seed(room):
 def test_a_fork_says_what_it_found_and_nothing_if_it_dies():
     assert mutants.forked(lambda: [1, "two"], 10) == [1, "two"]
     assert mutants.forked(lambda: sys.exit(3), 10) is None
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        mutants.forked(lambda: 1 / 0, 10)
 
     def endless():
         while True:
