@@ -20,7 +20,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kfqn_core.lab.networks import multilayer_perceptron
 from kfqn_core.lab.ranks import gradient_messages, messages
-from kfqn_core.parallel.ranks import Ranks
 from kfqn_core.training.optimizer import KFQN
 
 Closure = Callable[[], Tensor]
@@ -83,7 +82,7 @@ def trained(rank: int, options: Mapping[str, Any], number: int = 20, norm: bool 
         norm: whether there is a batch norm.
         broken: a name of what is broken, for checks: nothing is sent, and a rank takes its own part for the whole.
     """
-    unsent = mock.patch.object(Ranks, "_all_reduce", lambda self, message: message.mul_(self.size))
+    unsent = mock.patch.object(distributed, "all_reduce", lambda message, group=None: message.mul_(_ranks()))
     with unsent if broken else nullcontext():
         model, wrapped, optimizer = start(12, options, norm=norm)
         steps(rank, wrapped, optimizer, range(number), 12)

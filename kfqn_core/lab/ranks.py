@@ -36,6 +36,7 @@ def run(work: Callable[..., Any], ranks: int, *args: Any, seconds: float = 120) 
 
     Raises:
         ProcessRaisedException: what a rank has raised; the others are ended.
+        ProcessExitedException: if a rank has died without a word; the others are ended.
         TimeoutError: if they are not done in time.
     """
     with tempfile.TemporaryDirectory() as folder:
