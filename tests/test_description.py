@@ -80,3 +80,26 @@ def test_auto_is_what_the_layers_get():
     assert kinds == {"0": ActivationFactor, "2": LowRankActivationFactor, "3": ActivationFactor}
     table = describe(model)
     assert table.state_bytes <= table.adam_bytes
+
+
+def test_the_line_counts_shapes_and_not_the_pieces_in_which_large_layers_are_handled():
+    with torch.device("meta"):
+        layers = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(8)), nn.Linear(1024, 2))
+    assert "in 9 layers of 2 shapes" in describe(layers).summary
+
+
+def test_the_warning_says_how_the_rest_moves():
+    def network():
+        return nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(100))
+
+    with pytest.warns(UserWarning, match="mostly in LayerNorm, moves by Adam at fallback_lr"):
+        KFQN(network())
+    with pytest.warns(UserWarning, match="mostly in LayerNorm, moves by its averaged gradient at lr"):
+        KFQN(network(), **presets.KBFGS_2020)
+
+
+def test_a_warm_start_without_hooks_says_so():
+    optimizer = KFQN(nn.Linear(3, 2))
+    optimizer.remove_hooks()
+    with pytest.raises(RuntimeError, match="the hooks of this optimizer were removed"):
+        optimizer.warm_start([torch.ones(4, 3)])

@@ -28,6 +28,11 @@ class Fallback:
         self.by_adam = by_adam
         self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
 
+    @property
+    def how(self) -> str:
+        """In words: by what, and at which rate."""
+        return "by Adam at fallback_lr" if self.by_adam else "by its averaged gradient at lr"
+
     def adopt(self, p: nn.Parameter, device: torch.device | None = None) -> None:
         """Allocate the state of a parameter, or let what there is follow it to its device (or `device`) and dtype."""
         if p not in self.state or any(value.is_meta for value in self.state[p].values()):

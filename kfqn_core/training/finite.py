@@ -104,7 +104,7 @@ class Skips:
             warnings.warn(
                 f"the last {SKIPS} steps or more had a loss or gradient that is not finite, and changed nothing: look "
                 "at the loss, lower the rate, or scale the loss less (GradScaler); skipped_steps counts them",
-                stacklevel=5,
+                stacklevel=6,
             )
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kfqn_core.training.checkpoint import COUNTERS, SHARE
 from kfqn_core.training.options import refreshes
 
 if TYPE_CHECKING:
@@ -135,4 +136,4 @@ class CapturedStep:
             )
 
 
-UNREAD = frozenset({"params", "param_names", "steps", "skipped_steps", "warm_started", "initial_lr"})
+UNREAD = frozenset({"params", "param_names", "initial_lr", *COUNTERS, SHARE})  # of a group: no step reads them

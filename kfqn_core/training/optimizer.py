@@ -106,7 +106,7 @@ class KFQN(torch.optim.Optimizer):
         self._skips = Skips(self._device or parameters.device_of(self._params()))
         self._pairs = source(self._options, model, self._params, self._ranks)
         self._make_plan()
-        judge_coverage(self.plan, model)
+        judge_coverage(self.plan, self.fallback, model)
 
     @property
     def layers(self) -> dict[str, Layer]:
@@ -155,6 +155,7 @@ class KFQN(torch.optim.Optimizer):
                 told which of them train the model: ranks must start from the same `A`.
             ValueError: if `batches` is empty.
         """
+        self._require_hooks()
         if self._steps:
             raise RuntimeError("warm_start comes before the first step; this optimizer has already stepped")
         self._follow_model()
@@ -209,18 +210,23 @@ class KFQN(torch.optim.Optimizer):
 
     def _prepare(self, records: dict[str, Record]) -> tuple[list[nn.Parameter], set[str]]:
         """Whatever may fail, fails here. Returns parameters with a gradient, and names: see `Plan.survey`."""
-        if self._removed:
-            raise RuntimeError("the hooks of this optimizer were removed, so that it sees nothing: make a new KFQN")
+        self._require_hooks()
         changed = self._follow_model()
         self._ranks.require_group()
         if changed:
             self.plan.adopt(records)
         unseen, elsewhere = self.plan.survey(records)
         if not changed and (unseen := self.plan.unexplained(unseen)):
-            say_unseen(self.plan, unseen, ever=bool(self._refused) or len(unseen) < len(self.plan.places))
+            say_unseen(
+                self.plan, self.fallback, unseen, ever=bool(self._refused) or len(unseen) < len(self.plan.places)
+            )
             self.leave(unseen)
         parameters.refuse_sparse(moving := self.plan.moving())
         return moving, elsewhere
+
+    def _require_hooks(self) -> None:
+        if self._removed:
+            raise RuntimeError("the hooks of this optimizer were removed, so that it sees nothing: make a new KFQN")
 
     def _follow_model(self) -> bool:
         """A new plan, if model or parameter groups have changed. Returns whether they had."""

@@ -22,14 +22,15 @@ def summary(plan: Plan, fallback: Fallback) -> str:
     """One line: coverage, layers, and the state against Adam's."""
     params = [p for group, _ in plan.groups for layer in group.layers for p in layer.parameters]
     params += [p for of_group in plan.rest for p in of_group]
+    shapes = {(*group.size[1:], group.M.b is not None) for group, _ in plan.groups}
     ratio = plan.state_numbers(fallback) / max(1, adam_bytes(params))
     return (
         f"curvature for {covered_share(plan):.0%} of the weights, in {len(plan.places)} layers of "
-        f"{len(plan.groups)} shapes; state {ratio:.2f} of Adam's"
+        f"{len(shapes)} shapes; state {ratio:.2f} of Adam's"
     )
 
 
-def judge_coverage(plan: Plan, model: nn.Module) -> None:
+def judge_coverage(plan: Plan, fallback: Fallback, model: nn.Module) -> None:
     """Warn if less than half of the trainable weights have curvature, naming the kinds that hold the rest.
 
     Raises:
@@ -51,13 +52,13 @@ def judge_coverage(plan: Plan, model: nn.Module) -> None:
                 kinds[type(module).__name__] += p.numel()
     named = ", ".join(kind for kind, _ in kinds.most_common(3))
     warnings.warn(
-        f"KFQN has curvature for {share:.0%} of this model's weights; the rest, mostly in {named}, moves by Adam at "
-        "fallback_lr. kfqn_core.layers.register adds a kind of layer; describe(model) lists every parameter",
+        f"KFQN has curvature for {share:.0%} of this model's weights; the rest, mostly in {named}, moves "
+        f"{fallback.how}. kfqn_core.layers.register adds a kind of layer; describe(model) lists every parameter",
         stacklevel=3,
     )
 
 
-def say_unseen(plan: Plan, names: list[str], *, ever: bool) -> None:
+def say_unseen(plan: Plan, fallback: Fallback, names: list[str], *, ever: bool) -> None:
     """Say that the weights of these layers have a gradient which none of their forwards explains.
 
     Args:
@@ -77,6 +78,6 @@ def say_unseen(plan: Plan, names: list[str], *, ever: bool) -> None:
         )
     warnings.warn(
         f"{', '.join(names)}: the weight has a gradient, but no forward of the layer explains it (something else reads "
-        f"the weight, or its input is no h = W a): it moves by Adam at fallback_lr. {errors}",
+        f"the weight, or its input is no h = W a): it moves {fallback.how}. {errors}",
         stacklevel=6,
     )
