@@ -37,9 +37,11 @@ class Activation(Protocol):
     Attributes:
         damping: `lambda_A`, a number or `[B, 1]`; it may be changed between updates.
         every_step: whether it learns from every mini-batch, and not only when curvature is updated.
+        read: the names of those of its tensors that `precondition` reads.
     """
 
     damping: float | Tensor
+    read: tuple[str, ...]
 
     @property
     def every_step(self) -> bool: ...
@@ -96,6 +98,8 @@ class ActivationFactor:
         A: `[B, d_in, d_in]` running average, or `None`.
         inverse: `H_a`, `[B, d_in, d_in]`; the identity until `start`.
     """
+
+    read: tuple[str, ...] = ("H_a",)
 
     def __init__(
         self, sizes: Sizes, damping: float | Tensor, decay: float | None, *, dtype: torch.dtype, device: torch.device,
@@ -167,7 +171,7 @@ class ActivationFactor:
         return self._step(statistics) if self.A is None else None
 
     def _step(self, statistics: Statistics) -> Tensor:
-        return times(self.inverse.H, statistics.mean_input().to(self.inverse.H.dtype))
+        return times(self.inverse.H, statistics.mean_input().to(self.inverse.H))  # on "meta" where another has H_a
 
     def pair(self, statistics: Statistics, s: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """`s = H_a abar`, `y = (A + lambda_A I) s` and abar, `[B, d_in]` each; `s` if it is not known yet."""
@@ -255,6 +259,7 @@ class DiagonalActivationFactor:
     """
 
     every_step = False
+    read: tuple[str, ...] = ("d",)
 
     def __init__(self, sizes: Sizes, damping: float | Tensor, *, dtype: torch.dtype, device: torch.device):
         self.damping = damping

@@ -70,6 +70,11 @@ class GradientFactor:
             return {**pairs, "H_g": self.inverse.H}
         return {**pairs, "S": self.inverse.S, "Y": self.inverse.Y, "R_inv": self.inverse.R_inv}
 
+    @property
+    def read(self) -> tuple[str, ...]:
+        """The names of those that `inverse.apply` reads."""
+        return ("H_g",) if isinstance(self.inverse, DenseInverse) else ("S", "Y", "R_inv")
+
     def update(self, s: Tensor, y: Tensor, g_mean: Tensor, where: Tensor = EVERYWHERE) -> None:
         """What the second evaluation of a mini-batch, or the next mini-batch, tells: average, damp, append.
 

@@ -61,6 +61,7 @@ class LowRankActivationFactor:
     """
 
     every_step = False
+    read: tuple[str, ...] = "B", "e"
 
     def __init__(
         self, sizes: Sizes, damping: float | Tensor, rank: int, *, dtype: torch.dtype, device: torch.device

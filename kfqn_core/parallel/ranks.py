@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
@@ -47,6 +47,11 @@ class Ranks:
         if wrapper is not None:
             self._wrapper = wrapper
 
+    def look(self, model: nn.Module) -> None:
+        """Remember the wrapper that `model` is, or has inside, before it has run."""
+        wrappers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+        self._wrapper = wrappers[0] if wrappers else self._wrapper
+
     def require_group(self) -> None:
         """Raise RuntimeError where ranks would drift apart.
 
@@ -71,6 +76,11 @@ class Ranks:
     def size(self) -> int:
         """How many there are."""
         return 1 if self.group is None else torch.distributed.get_world_size(self.group)
+
+    @property
+    def rank(self) -> int:
+        """Which of them this is, from 0."""
+        return 0 if self.group is None else torch.distributed.get_rank(self.group)
 
     @property
     def alone(self) -> bool:

@@ -77,7 +77,7 @@ def gather(shards: Sequence[Any], flat: Tensor) -> list[Tensor]:
     mesh = shards[0].device_mesh
     message = flat.new_empty(mesh.size() * flat.numel())
     with all_answering():
-        _all_gather()(message, flat, group=mesh.get_group())
+        all_gather()(message, flat, group=mesh.get_group())
     pieces = message.view(mesh.size(), -1).split([padded_numel(shard) for shard in shards], dim=1)
     return [
         piece.reshape(-1, *shard.shape[1:])[: shard.shape[0]] for piece, shard in zip(pieces, shards, strict=True)
@@ -179,7 +179,7 @@ def _members(group: ProcessGroup) -> list[int]:
     return torch.distributed.get_process_group_ranks(group)
 
 
-def _all_gather() -> Any:
+def all_gather() -> Any:
     """By the name that it has had since torch 2.13, or by that before."""
     return getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor
 

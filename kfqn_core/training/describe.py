@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from kfqn_core.parallel.shards import local
 from kfqn_core.training.optimizer import KFQN
+from kfqn_core.training.owned import sent
 from kfqn_core.training.plan import adam_bytes
 from kfqn_core.training.preserve import cuda_devices, restored, run_on
 from kfqn_core.training.report import summary
@@ -76,7 +77,8 @@ def describe(model: nn.Module, example: Any = None, **options: Any) -> Descripti
         options: those of `KFQN`, for instance `**presets.KBFGS_2020`.
 
     Returns:
-        A `Description`; `print` it. State bytes are those that the optimizer will hold.
+        A `Description`; `print` it. State bytes are those that the optimizer will hold in this process; where factors
+        have owners, a line says who sends what of its layer in every step.
 
     Raises:
         ValueError, TypeError: as `KFQN` does.
@@ -95,7 +97,11 @@ def describe(model: nn.Module, example: Any = None, **options: Any) -> Descripti
         tensors = group.tensors()
         factors = ", ".join(f"{key} {'x'.join(map(str, t.shape[1:]))}" for key, t in tensors.items())
         view = group.layers[i].view
-        size = _size((*weight.values(), *bias.values()))
+        if group.owner is not None:
+            each = _size(sent(group).values()) // len(group.layers)
+            factors += f"; rank {group.owner} sends {', '.join(sent(group))}, {_bytes(each)} a step"
+        kept = weight if group.held else {key: t for key, t in weight.items() if key not in tensors}
+        size = _size((*kept.values(), *bias.values()))
         rows.append(Row(name, "Kronecker", (view.d_out, view.d_in), locations.get(name), factors, size))
     for p in (p for params in plan.rest for p in params):
         state = optimizer.fallback.state[p]

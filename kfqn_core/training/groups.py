@@ -7,30 +7,21 @@ side by side along axis 0, `B = L groups`, so that a step costs a few operations
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kfqn_core.estimate.activation import (
-    Activation,
-    ActivationFactor,
-    DiagonalActivationFactor,
-    ExactActivationFactor,
-)
+from kfqn_core.estimate.activation import Activation
 from kfqn_core.estimate.gradient import GradientFactor
-from kfqn_core.estimate.inverses import DenseInverse
-from kfqn_core.estimate.low_rank import LowRankActivationFactor
 from kfqn_core.estimate.shared import AnyBatch, SharedBatch
 from kfqn_core.estimate.statistics import Batch, Record
 from kfqn_core.maths.columns import Columns
-from kfqn_core.maths.secant import LimitedMemoryInverse
 from kfqn_core.parallel.ranks import Ranks
 from kfqn_core.parallel.shards import RESHARDED, fits, is_shard, local, part_for, shard_like, whole
 from kfqn_core.training.answer import Answer
+from kfqn_core.training.factors import Factors, Sizes, restricted
 from kfqn_core.training.options import Options
 from kfqn_core.training.selection import Selected, dtype_of_factors
 
@@ -52,15 +43,6 @@ def plain_step(
     return W - lr * length(D), M
 
 
-@dataclass(frozen=True)
-class _Shape:
-    """The sizes of a whole group, as the factors ask for them."""
-
-    groups: int
-    d_in: int
-    d_out: int
-
-
 class Group:
     """L layers of one shape, with the same options and parameter groups.
 
@@ -70,12 +52,12 @@ class Group:
         options: of these layers.
         ranks: over which statistics are averaged.
         device: of the state, if not that of the weights: on "meta" a group is a plan that takes no memory.
+        owner: the rank that keeps the factors; None where all do.
 
     Attributes:
         M: the momentum, `[B, d_out, d]` with the bias column apart.
-        activation, gradient: the factors; `gradient` is None where `H_g` is the identity.
-        h_last, g_last: `[B, d_out]`, the means of the previous mini-batch where pairs come from consecutive ones, else
-            None; NaN until a first one was seen.
+        factors: on "meta" where another rank keeps them.
+        held: whether this rank keeps them.
         steady: `[L]`, what `steadiness` keeps of every layer; None where the length of a step does not ask for it.
         started: bool `[L]`, whether `H_a` has had its first estimate.
         shards: where parameters are sharded, this rank's part of the momentum of each; empty where they are not.
@@ -84,16 +66,14 @@ class Group:
 
     def __init__(
         self, layers: Sequence[Selected], kind: str, options: Options, ranks: Ranks,
-        device: torch.device | None = None,
+        device: torch.device | None = None, owner: int | None = None,
     ):  # fmt: skip
-        self.layers, self.kind, self.options, self._ranks = list(layers), kind, options, ranks
+        self.layers, self.kind, self.options, self.ranks = list(layers), kind, options, ranks
         view, weight = layers[0].view, layers[0].weight
         self.groups = view.groups
         B = len(layers) * view.groups
         device = device or weight.device
         like: dict[str, Any] = {"dtype": dtype_of_factors(weight), "device": device}
-        sizes = _Shape(B, view.d_in, view.d_out)
-        lambda_A, lambda_G = options.lambdas(1.0)
         self._T = [1.0] * len(layers)
         d = view.d_in - view.has_bias
         shapes = (B, view.d_out, d), (B, view.d_out, 1)
@@ -105,23 +85,30 @@ class Group:
         else:
             W, b = (torch.zeros(shape, **like) for shape in shapes)
         self.M = Columns(W, b if view.has_bias else None)
-        self.activation = _activation(kind, sizes, lambda_A, options, like)
-        self.gradient: GradientFactor | None = None
-        self.h_last: Tensor | None = None
-        self.g_last: Tensor | None = None
-        if options.pairs is not None:
-            self.gradient = GradientFactor(
-                sizes, lambda_G, options.memory, pair_damping=options.pair_damping,
-                pair_momentum=options.pair_momentum, mu1=options.mu1, **like,
-            )  # fmt: skip
-        if options.pairs == "next_batch":
-            self.h_last, self.g_last = (torch.full((B, view.d_out), torch.nan, **like) for _ in range(2))
+        self.owner, self.held = owner, owner is None or owner == ranks.rank
+        self.factors = self._new_factors(device if self.held else torch.device("meta"))
         self.steady: Tensor | None = None
         if options.step_length == "normalised_rows":
             self.steady = torch.zeros(len(layers), **like)
         self.started = torch.zeros(len(layers), dtype=torch.bool, device=device)
         self.unsettled = set(range(len(layers)))
         self._answer: Answer | None = None
+
+    def _new_factors(self, device: torch.device) -> Factors:
+        """As they are before anything was seen."""
+        B, view = len(self.layers) * self.groups, self.layers[0].view
+        like = {"dtype": dtype_of_factors(self.layers[0].weight), "device": device}
+        return Factors(self.kind, Sizes(B, view.d_in, view.d_out), self.options, like)
+
+    @property
+    def activation(self) -> Activation:
+        """`H_a`."""
+        return self.factors.activation
+
+    @property
+    def gradient(self) -> GradientFactor | None:
+        """`H_g`, None where it is the identity."""
+        return self.factors.gradient
 
     def momentum(self, side: int) -> Tensor:
         """Of the weights (side 0) or of the biases (1)."""
@@ -167,11 +154,8 @@ class Group:
         return len(self.layers), view.groups, view.d_out, view.d_in
 
     def direction(self, out: Tensor | None = None) -> Tensor:
-        """`D = H_g M H_a`, `[B, d_out, d_in]`: the inverse of the Kronecker-factored Hessian applied to `M`."""
-        if self.gradient is None:
-            return self.activation.precondition(self.M, out=out)
-        D = self.gradient.inverse.apply(self.activation.precondition(self.M))
-        return D if out is None else out.copy_(D)
+        """`D = H_g M H_a`, `[B, d_out, d_in]`, on the rank that holds the factors."""
+        return self.factors.direction(self.M, out)
 
     def parameters(self, side: int) -> list[nn.Parameter | None]:
         """The weights (side 0) or the biases (1) of the layers."""
@@ -190,12 +174,12 @@ class Group:
 
     def batch(self, records: Mapping[str, Record], *, outputs: bool = False) -> AnyBatch | None:
         """The statistics of these layers, of inputs or of `outputs`; None where no rank can have seen one."""
-        if not records and self._ranks.alone:
+        if not records and self.ranks.alone:
             return None
         own = [records.get(layer.name) for layer in self.layers]
         batch = Batch([layer.view for layer in self.layers], own, self.M.W, outputs=outputs)
-        if not self._ranks.alone:
-            return SharedBatch(batch, self._ranks)
+        if not self.ranks.alone:
+            return SharedBatch(batch, self.ranks)
         return batch if any(batch.seen) else None
 
     def starts(self, batch: AnyBatch, elsewhere: Collection[str] = ()) -> bool:
@@ -217,13 +201,13 @@ class Group:
         settled = self._rows_started().clone() if averaging else None  # [B], before this mini-batch
         if self.starts(batch, elsewhere):
             self._start(batch, finite)
-        if settled is not None:
+        if settled is not None and self.held:
             self.activation.average(batch, self._where(batch, finite) & settled)
 
     def ask(self) -> None:
         """Settle the layers of which the host has learnt by now that they have a first estimate."""
         # Ranks wait for it, as all have to go the same way; it was asked for a step ago.
-        known = self._answer and self._answer.known(wait=not self._ranks.alone)
+        known = self._answer and self._answer.known(wait=not self.ranks.alone)
         if known:
             self.unsettled -= {i for i, started in enumerate(known) if started}
             self._answer = None
@@ -234,7 +218,10 @@ class Group:
         if not self.unsettled:
             return
         where = self._where(batch, finite) & ~self._rows_started()
-        good = self.activation.start(batch, where).view(-1, self.groups).all(1)  # [L]
+        # A first estimate depends on means alone, so all make it and know whether it is good; its owner keeps it.
+        activation = self.activation if self.held else self._new_factors(self.started.device).activation
+        activation.damping = self.activation.damping
+        good = activation.start(batch, where).view(-1, self.groups).all(1)  # [L]
         self.started |= good
         self._answer = Answer(self.started)
 
@@ -246,7 +233,7 @@ class Group:
     def see(self, i: int, record: Record, past: float) -> None:
         """Layer i's running estimate takes in a mini-batch; what came before weighs `past`, and 0 begins anew."""
         factor, here = self.layer_activation(i), Batch([self.layers[i].view], [record], self.M.W)
-        batch = here if self._ranks.alone else SharedBatch(here, self._ranks)
+        batch = here if self.ranks.alone else SharedBatch(here, self.ranks)
         where = torch.ones(self.groups, dtype=torch.bool, device=self.started.device)
         if past == 0:
             factor.start(batch, where)
@@ -260,6 +247,8 @@ class Group:
 
     def learn(self, before: AnyBatch, after: AnyBatch, finite: Tensor) -> None:
         """What `H_g` learns from the same mini-batch before and after the step."""
+        if not self.held:
+            return
         assert self.gradient is not None
         with self.no_autocast():
             g_mean = before.mean_gradient()
@@ -268,16 +257,19 @@ class Group:
 
     def learn_from_next(self, batch: AnyBatch, refresh: bool, finite: Tensor) -> None:
         """What `H_g` learns from this mini-batch and the one before, if `refresh`; then this one is remembered."""
+        if not self.held:
+            return
+        h_last, g_last = self.factors.h_last, self.factors.g_last
         assert self.gradient is not None
-        assert self.h_last is not None
-        assert self.g_last is not None
+        assert h_last is not None
+        assert g_last is not None
         with self.no_autocast():
             where = self._where(batch, finite)
             h, g = batch.mean_output(), batch.mean_gradient()
             if refresh:
-                self.gradient.update(h - self.h_last, g - self.g_last, self.g_last, where)
-            self.h_last.copy_(torch.where(where[:, None], h, self.h_last))
-            self.g_last.copy_(torch.where(where[:, None], g, self.g_last))
+                self.gradient.update(h - h_last, g - g_last, g_last, where)
+            h_last.copy_(torch.where(where[:, None], h, h_last))
+            g_last.copy_(torch.where(where[:, None], g, g_last))
 
     def no_autocast(self) -> torch.autocast:
         """Curvature needs its digits, also where a user's whole training step stands under autocast."""
@@ -312,12 +304,7 @@ class Group:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything but the momentum that lives from one step to the next, by name, `[B, ...]` each."""
-        last = {"h_last": self.h_last, "g_last": self.g_last}
-        return {
-            **self.activation.tensors(),
-            **({} if self.gradient is None else self.gradient.tensors()),
-            **{name: tensor for name, tensor in last.items() if tensor is not None},
-        }
+        return self.factors.tensors()
 
     def state(self, i: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Views of what belongs to the weight of layer i and to its bias, by name."""
@@ -367,31 +354,8 @@ class Group:
 
     def layer_activation(self, i: int) -> Activation:
         """The activation factor of layer i alone: views."""
-        return _restricted(self.activation, self.rows(i))
+        return restricted(self.activation, self.rows(i))
 
     def layer_gradient(self, i: int) -> GradientFactor | None:
         """The gradient factor of layer i alone: views."""
-        return None if self.gradient is None else _restricted(self.gradient, self.rows(i))
-
-
-def _activation(kind: str, sizes: _Shape, damping: float, options: Options, like: dict[str, Any]) -> Activation:
-    """An activation factor of this form."""
-    if kind == "diagonal":
-        return DiagonalActivationFactor(sizes, damping, **like)
-    if kind == "low_rank" and 2 * options.rank < sizes.d_in:  # elsewhere a matrix is smaller
-        return LowRankActivationFactor(sizes, damping, options.rank, **like)
-    form = ExactActivationFactor if kind == "inverse" else ActivationFactor
-    return form(sizes, damping, options.activation_decay, shrunk=options.activation_factor == "auto", **like)
-
-
-def _restricted(factor: Any, rows: slice) -> Any:
-    """A factor whose tensors are views of some rows of those of `factor`."""
-    part = copy.copy(factor)
-    for name, value in vars(factor).items():
-        if isinstance(value, Tensor):
-            setattr(part, name, value[rows])
-        elif isinstance(value, list):  # damping by rows: those of one layer are alike
-            setattr(part, name, value[rows][0])
-        elif isinstance(value, DenseInverse | LimitedMemoryInverse):
-            setattr(part, name, _restricted(value, rows))
-    return part
+        return None if self.gradient is None else restricted(self.gradient, self.rows(i))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from kfqn_core.estimate.activation import Activation
+from kfqn_core.estimate.gradient import GradientFactor
 from kfqn_core.layers import LayerView
 from kfqn_core.training.groups import Group
 
@@ -13,15 +15,23 @@ class Layer:
 
     Attributes:
         name, view, weight, bias: of the layer.
-        activation, gradient: its factors, views of those of its group; `gradient` is None where `H_g` is the identity.
     """
 
     def __init__(self, group: Group, i: int):
         selected = group.layers[i]
         self.name, self.weight, self.bias = selected.name, selected.weight, selected.bias
         self.view: LayerView = selected.view
-        self.activation, self.gradient = group.layer_activation(i), group.layer_gradient(i)
         self._group, self._i = group, i
+
+    @property
+    def activation(self) -> Activation:
+        """`H_a`, views of that of its group."""
+        return self._held().layer_activation(self._i)
+
+    @property
+    def gradient(self) -> GradientFactor | None:
+        """`H_g`, likewise; None where it is the identity."""
+        return self._held().layer_gradient(self._i)
 
     @property
     def M(self) -> Tensor:
@@ -41,4 +51,13 @@ class Layer:
     def tensors(self) -> dict[str, Tensor]:
         """Everything that lives from one step to the next, by name, `[groups, ...]` each."""
         rows = self._group.rows(self._i)
-        return {"M": self.M, **{name: tensor[rows] for name, tensor in self._group.tensors().items()}}
+        return {"M": self.M, **{name: tensor[rows] for name, tensor in self._held().tensors().items()}}
+
+    def _held(self) -> Group:
+        """Its group. RuntimeError where another rank keeps the factors."""
+        if not self._group.held:
+            raise RuntimeError(
+                f"the factors of layer {self.name!r} are kept by rank {self._group.owner} alone (owners=True): look "
+                "there, or at state_dict(), which every rank has to call"
+            )
+        return self._group

@@ -22,6 +22,7 @@ from kfqn_core.parallel.shards import local, own_rows
 from kfqn_core.training import steadiness
 from kfqn_core.training.groups import Group
 from kfqn_core.training.length import Lengths
+from kfqn_core.training.owned import directions
 from kfqn_core.training.sharded import ShardedMomenta
 from kfqn_core.training.steadiness import Steadiness
 
@@ -134,8 +135,9 @@ class Moves:
         self, members: list[tuple[Group, Indices]], rates: Mapping[int, Tensor], peaks: Mapping[int, float | Tensor]
     ) -> None:
         space = self._workspace(members)
+        fetched = directions([group for group, _ in members], space.directions)
         for (group, _), D, norms in zip(members, space.directions, space.norms_of, strict=True):
-            torch.linalg.vector_norm(group.direction(D), dim=-1, out=norms)
+            torch.linalg.vector_norm(D if group in fetched else group.direction(D), dim=-1, out=norms)
         units = space.lengths.divisors(space.norms, members[0][0].options.step_length)
         kept = self._kept([group for group, _ in members])
         divisors = {}

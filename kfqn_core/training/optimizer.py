@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from kfqn_core.estimate.statistics import Record
-from kfqn_core.parallel.ranks import Ranks
-from kfqn_core.parallel.shards import processes
 from kfqn_core.training import checkpoint, parameters
 from kfqn_core.training.fallback import Fallback
 from kfqn_core.training.finite import Skips, all_finite, note_scale
 from kfqn_core.training.layer import Layer
 from kfqn_core.training.options import Options, refreshes
+from kfqn_core.training.owned import ranks_of, refuse_copies, whole
 from kfqn_core.training.pairs import SamePoint, source
 from kfqn_core.training.plan import Plan
 from kfqn_core.training.report import judge_coverage, say_unseen, summary
@@ -93,7 +92,7 @@ class KFQN(torch.optim.Optimizer):
         parameters.require_model(model)
         self._options = Options.of_keywords(method)
         self._model, self._whole = model, params is None
-        self._ranks = Ranks(processes(model, process_group))
+        self._ranks = ranks_of(model, process_group, self._options)
         self.fallback = Fallback(by_adam=self._options.step_length != "raw")
         self.plan: Plan = None  # type: ignore[assignment]
         self._refused: frozenset[str] = frozenset()
@@ -159,7 +158,7 @@ class KFQN(torch.optim.Optimizer):
         if self._steps:
             raise RuntimeError("warm_start comes before the first step; this optimizer has already stepped")
         self._follow_model()
-        with self._no_autocast():
+        with self._no_autocast(), whole(self.plan.layer_groups):
             warm_start(self._model, self.plan, self._ranks, batches)
         self._warm_started = True
 
@@ -274,14 +273,17 @@ class KFQN(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: as `torch.optim.Optimizer`, with the model, so that both must be copied together."""
+        refuse_copies(self.plan.layer_groups)
         return {k: v for k, v in super().__getstate__().items() if k != "state"} | {key: vars(self)[key] for key in OWN}
 
     def state_dict(self) -> dict[str, Any]:
-        """As `torch.optim.Optimizer.state_dict`, with counters in the groups; loads under `weights_only=True`."""
+        """As torch's, with counters in groups; loads under `weights_only=True`. With `owners` every rank calls it."""
+        self._follow_model()
         counters = dict(zip(checkpoint.COUNTERS, (self._steps, self.skipped_steps, self._warm_started), strict=True))
         for group in self.param_groups:
             group.update({**counters, checkpoint.SHARE: self._pairs.share})
-        return super().state_dict()
+        with whole(self.plan.layer_groups):
+            return super().state_dict()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

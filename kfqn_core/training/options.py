@@ -55,6 +55,8 @@ class Options:
             two in a row halve the next, until one lowers it. Only
             `pairs="second_pass"` knows that loss, and for nothing; the closure must return it. Costs a copy of the
             parameters while a step is taken.
+        owners: of several processes each keeps and updates the factors of its own layers alone, and sends the others in
+            every step what they need of them (`parallel.owners`); `state_dict` must then be called on every rank.
         linear: options that differ for fully connected layers, by name: any of `activation_decay`, `pair_damping`.
 
     Raises:
@@ -74,6 +76,7 @@ class Options:
     refresh: int | None = None
     step_length: str = "normalised_rows"
     safeguard: bool = False
+    owners: bool = False
     linear: tuple[tuple[str, Any], ...] | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -95,7 +98,8 @@ class Options:
             self._require("memory", lambda value: value is None, "None unless H_g is estimated (give pairs)")
         elif self.pair_damping == "double":
             self._require("damping", lambda value: value < 1, "below 1: double damping of pairs needs lambda_G < 1")
-        self._require("safeguard", lambda value: isinstance(value, bool), "True or False")
+        for name in ("safeguard", "owners"):
+            self._require(name, lambda value: isinstance(value, bool), "True or False")
         if self.safeguard:
             self._require("pairs", lambda value: value == "second_pass", '"second_pass" with safeguard')
         self._require("rank", _is_natural, "a whole number >= 1")

@@ -25,6 +25,7 @@ from kfqn_core.training.fallback import Fallback
 from kfqn_core.training.groups import Group
 from kfqn_core.training.moves import Bench, Moves
 from kfqn_core.training.options import Options
+from kfqn_core.training.owned import owners_of
 from kfqn_core.training.selection import Selected, activation_factors, curvature_layers, shape_key
 from kfqn_core.training.sharded import lengths_over_ranks
 
@@ -89,17 +90,19 @@ class Plan:
         if options.pairs is not None:
             layers = {name: layer for name, layer in layers.items() if layer.part.shows_h}
         self.kinds = self._kinds(layers, last, former)
+        given = {} if last is None else {name: last.places[old][0].owner for name, old in former.items()}
+        owners = owners_of(layers, self.kinds, options, ranks, given)
         members: dict[tuple[Any, ...], list[Selected]] = {}
         for name, layer in layers.items():
             of = tuple(where[id(p)] for p in (layer.weight, layer.bias if layer.bias is not None else layer.weight))
             own = options.of(layer.view)
-            members.setdefault((*shape_key(layer), self.kinds[name], own, of), []).append(layer)
+            members.setdefault((*shape_key(layer), self.kinds[name], own, owners[name], of), []).append(layer)
         self.groups = [
-            (Group(alike, key[-3], key[-2], ranks, device), key[-1])
+            (Group(alike, key[-4], key[-3], ranks, device, key[-2]), key[-1])
             for key, layers_of_key in members.items() for alike in _pieces(layers_of_key)
         ]  # fmt: skip
         places = {layer.name: (group, i) for group, _ in self.groups for i, layer in enumerate(group.layers)}
-        self.places = {name: places[name] for name in layers}  # in the order of the model
+        self.places: dict[str, tuple[Group, int]] = {name: places[name] for name in layers}  # in the order of the model
         covered = {id(p) for layer in layers.values() for p in layer.parameters}
         self.rest = [
             [p for p in group["params"] if (p.requires_grad or p in fallback.state) and id(p) not in covered]
@@ -294,11 +297,8 @@ class Plan:
 
     def state_numbers(self, fallback: Fallback) -> int:
         """Bytes of everything that lives from one step to the next, in this process."""
-        layers = [
-            t
-            for group, _ in self.groups
-            for t in (*group.tensors().values(), *group.momenta, group.started, group.steady)
-        ]
+        layers = [t for group, _ in self.groups for t in (*group.momenta, group.started, group.steady)]
+        layers += [t for group, _ in self.groups if group.held for t in group.tensors().values()]
         rest = [local(t) for params in self.rest for p in params for t in fallback.state[p].values()]
         return sum(t.numel() * t.element_size() for t in (*layers, *rest) if isinstance(t, Tensor))
 

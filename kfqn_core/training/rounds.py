@@ -3,7 +3,7 @@
 The first round, before the move, asks what depends on nothing: whether the step is to be taken, how many ranks have
 seen a layer, means, diagonals, a first `A`. The second, after it, asks what depends on those answers, the action of `A`
 along `H_a abar`, and on the move, the means of a second evaluation. A step that learns nothing sends one flag. One
-process asks the same and sends nothing.
+process asks the same and sends nothing. Where factors have owners, these tell before the second round along what.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from kfqn_core.estimate.shared import AnyBatch, SharedBatch, share
 from kfqn_core.estimate.statistics import Record
 from kfqn_core.parallel.ranks import Ranks
 from kfqn_core.training.groups import Group
+from kfqn_core.training.owned import along
 
 Batches = Mapping[Group, AnyBatch]
 
@@ -79,20 +80,17 @@ def second_round(ranks: Ranks, batches: Batches, pairs: Iterable[AnyBatch]) -> d
     Returns:
         The vectors along which the action of `A` was fetched.
     """
-    probes: dict[Group, Tensor] = {}
-    if ranks.alone:
-        return probes
-    for group, batch in batches.items():
-        v = group.activation.probe(batch)
-        if v is not None and isinstance(batch, SharedBatch):
-            batch.want(along=v)
-            probes[group] = v
-    share(ranks, _shared([*batches.values(), *pairs]))
+    shared = {group: batch for group, batch in batches.items() if isinstance(batch, SharedBatch)}
+    wanted = {group: group.activation.probe(batch) for group, batch in shared.items()}
+    probes = along({group: v for group, v in wanted.items() if v is not None})
+    for group, v in probes.items():
+        shared[group].want(along=v)
+    share(ranks, [*shared.values(), *_shared(pairs)])
     return probes
 
 
 def update(batches: Batches, finite: Tensor, probes: Mapping[Group, Tensor] | None = None) -> None:
-    """One update of every `H_a`, where `finite` holds, for the layers that were seen and have been started.
+    """One update of every `H_a` kept here, where `finite` holds, for the layers that were seen and have been started.
 
     Args:
         batches: by group.
@@ -101,7 +99,7 @@ def update(batches: Batches, finite: Tensor, probes: Mapping[Group, Tensor] | No
     """
     probes = probes or {}
     alike: dict[Any, list[Group]] = {}
-    for group in batches:
+    for group in (group for group in batches if group.held):
         alike.setdefault((group.M.W.dtype, group.M.W.device), []).append(group)
     for groups in alike.values():
         update_together(
