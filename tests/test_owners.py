@@ -30,10 +30,12 @@ VECTORS = (tanh_network, batches, square_loss)
 IMAGES = (lambda: image_network("grouped"), images, nn.functional.cross_entropy)
 # Wide layers of few outputs, of which `D` is sent, and narrow ones of many, of which the factor is.
 BOTH = (lambda: tanh_network((4, 9, 3, 9, 4)), lambda: [(x[:, :4], y[:, :4]) for x, y in batches()], square_loss)
+EQUAL = (lambda: tanh_network((5,) * 6), lambda: [(x[:, :5], y[:, :5]) for x, y in batches()], square_loss)
 ACTION = {"activation_factor": "action"}
 ON_TWO = {
     **{f"vectors-{name}": (VECTORS, options) for name, options in METHODS.items()},
     **{f"images-{name}": (IMAGES, METHODS[name]) for name in ("default", "KFQN_2022", "next_batch")},
+    **{f"equal-{name}": (EQUAL, METHODS[name]) for name in ("default", "KBFGS_2020", "low_rank")},
     "both": (BOTH, ACTION),
     "both-average": (BOTH, {**ACTION, "activation_decay": 0.9, "refresh": 3}),
     "both-diagonal": (BOTH, {"activation_factor": "diagonal"}),
@@ -41,6 +43,7 @@ ON_TWO = {
 ON_FOUR = {
     **{f"vectors-{name}": (VECTORS, METHODS[name]) for name in ("default", "KBFGS_2020", "next_batch", "low_rank")},
     "images-default": (IMAGES, {}),
+    "equal-KBFGS_2020": (EQUAL, METHODS["KBFGS_2020"]),
     "both": (BOTH, ACTION),
 }
 CASES = {2: ON_TWO, 4: ON_FOUR}
@@ -48,8 +51,8 @@ CASES = {2: ON_TWO, 4: ON_FOUR}
 
 def state_of(model, optimizer):
     """Everything that lives from one step to the next; every rank has to ask."""
-    state = optimizer.state_dict()["state"]
-    factors = [t.detach().clone() for of in state.values() for name, t in of.items() if name != "started"]
+    state = sorted(optimizer.state_dict()["state"].items())  # by parameter: groups are not those of one process
+    factors = [t.detach().clone() for _, of in state for name, t in of.items() if name != "started"]
     return [p.detach().clone() for p in model.parameters()] + factors
 
 

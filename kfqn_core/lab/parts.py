@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kfqn_core.lab.networks import multilayer_perceptron
 from kfqn_core.lab.ranks import gradient_messages, messages
+from kfqn_core.training import owned as owners
 from kfqn_core.training.optimizer import KFQN
 
 Closure = Callable[[], Tensor]
@@ -92,6 +93,45 @@ def trained(rank: int, options: Mapping[str, Any], number: int = 20, norm: bool 
 def several(rank: int, cases: Mapping[str, Mapping[str, Any]], **how: Any) -> dict[str, Tensor]:
     """`trained` for several options, by name."""
     return {name: trained(rank, options, **how) for name, options in cases.items()}
+
+
+def owned(rank: int, cases: Mapping[str, Mapping[str, Any]], width: int, layers: int = 3, broken: str = "") -> Any:
+    """Steps where each rank keeps the factors of its own layers, for several options.
+
+    Args:
+        rank: of this process; 0 for one that is alone, and keeps all.
+        cases: options of KFQN, by name.
+        width, layers: of the network.
+        broken: a name of what is broken, for checks: nothing comes from an owner but zeros.
+
+    Returns:
+        By name the `state` of all ranks, the `held` bytes of factors of this one, and the sizes of the messages of the
+        last two of 21 steps, `between` updates and of an `update` where the options say `refresh=2`.
+    """
+    unsent = mock.patch.object(owners, "fetch", _zeros)
+    found = {}
+    for name, options in cases.items():
+        with unsent if broken else nullcontext():
+            model, wrapped, optimizer = start(width, {**options, "owners": True}, layers=layers)
+            steps(rank, wrapped, optimizer, range(19), width)
+            with messages() as between:
+                steps(rank, wrapped, optimizer, range(19, 20), width)
+            with messages() as update:
+                steps(rank, wrapped, optimizer, range(20, 21), width)
+            tensors = [t for _, of in sorted(optimizer.state_dict()["state"].items()) for t in of.values()]
+        groups = optimizer.plan.layer_groups
+        factors = [t for group in groups if group.held for t in group.tensors().values()]
+        found[name] = {
+            "state": torch.cat([t.detach().flatten().double() for t in (*model.parameters(), *tensors)]),
+            "held": sum(t.numel() * t.element_size() for t in factors),
+            "between": list(between),
+            "update": list(update),
+        }
+    return found
+
+
+def _zeros(ranks: Ranks, owners: Sequence[int], values: Sequence[Tensor], like: Tensor) -> list[Tensor]:
+    return [like.new_zeros(value.shape) for value in values]
 
 
 def story(rank: int, widths: Sequence[int], sizes: Sequence[int]) -> dict[str, Any]:

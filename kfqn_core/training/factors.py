@@ -19,7 +19,6 @@ from kfqn_core.estimate.activation import (
 from kfqn_core.estimate.gradient import GradientFactor
 from kfqn_core.estimate.inverses import DenseInverse
 from kfqn_core.estimate.low_rank import LowRankActivationFactor
-from kfqn_core.maths.columns import Columns
 from kfqn_core.maths.secant import LimitedMemoryInverse
 from kfqn_core.training.options import Options
 
@@ -77,13 +76,6 @@ class Factors:
         names = (*self.activation.read, *(() if self.gradient is None else self.gradient.read))
         tensors = self.tensors()
         return {name: tensors[name] for name in names}
-
-    def direction(self, M: Columns, out: Tensor | None = None) -> Tensor:
-        """`D = H_g M H_a`, `[B, d_out, d_in]`: the inverse of the Kronecker-factored Hessian applied to `M`."""
-        if self.gradient is None:
-            return self.activation.precondition(M, out=out)
-        D = self.gradient.inverse.apply(self.activation.precondition(M))
-        return D if out is None else out.copy_(D)
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Factors:
         """The same with others in the place of the tensors of these names."""

@@ -154,8 +154,11 @@ class Group:
         return len(self.layers), view.groups, view.d_out, view.d_in
 
     def direction(self, out: Tensor | None = None) -> Tensor:
-        """`D = H_g M H_a`, `[B, d_out, d_in]`, on the rank that holds the factors."""
-        return self.factors.direction(self.M, out)
+        """`D = H_g M H_a`, `[B, d_out, d_in]`: the inverse of the Kronecker-factored Hessian applied to `M`."""
+        if self.gradient is None:
+            return self.activation.precondition(self.M, out=out)
+        D = self.gradient.inverse.apply(self.activation.precondition(self.M))
+        return D if out is None else out.copy_(D)
 
     def parameters(self, side: int) -> list[nn.Parameter | None]:
         """The weights (side 0) or the biases (1) of the layers."""
@@ -220,7 +223,7 @@ class Group:
         where = self._where(batch, finite) & ~self._rows_started()
         # A first estimate depends on means alone, so all make it and know whether it is good; its owner keeps it.
         activation = self.activation if self.held else self._new_factors(self.started.device).activation
-        activation.damping = self.activation.damping
+        activation.damping = self.activation.damping  # of the locations of this mini-batch
         good = activation.start(batch, where).view(-1, self.groups).all(1)  # [L]
         self.started |= good
         self._answer = Answer(self.started)

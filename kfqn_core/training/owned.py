@@ -104,7 +104,10 @@ def directions(groups: Sequence[Group], out: Sequence[Tensor]) -> set[Group]:
     for group, D, parts in owned:
         arrived = {name: next(fetched) for name in parts}
         if "D" not in parts:
-            group.factors.with_tensors(arrived).direction(group.M, D)
+            own = group.factors
+            group.factors = own.with_tensors(arrived)
+            group.direction(D)
+            group.factors = own
         elif not group.held:
             D.copy_(arrived["D"])
     return {group for group, *_ in owned}
