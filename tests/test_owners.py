@@ -223,7 +223,8 @@ def traffic(rank):
                 train(wrapped, optimizer, [data[k]], 1, loss_fn)
             if k:
                 found.setdefault(name, []).append(list(own))
-        found[name].append([(group.owner, list(sent(group)), group.size) for group in optimizer.plan.layer_groups])
+        groups = optimizer.plan.layer_groups
+        found[name].append([(group.owner, list(sent(group)), group.kind, group.size) for group in groups])
     return found
 
 
@@ -338,11 +339,11 @@ def test_what_is_sent_is_what_the_formula_counts(ranks):
     """Of each owner `D` or what it is made from, whichever is less, padded to the largest; with an update, `s` too."""
     for name, (between, update, layers) in ranks[0]["traffic"].items():
         step, probes, of_all = [0, 0], [0, 0], set()
-        for owner, parts, (L, groups, d_out, d_in) in layers:
-            by_parts = {"both-diagonal": d_in, "vectors-KBFGS_2020": d_in**2 + d_out**2}.get(name, d_in**2)
+        for owner, parts, kind, (L, groups, d_out, d_in) in layers:
+            by_parts = (d_in if kind == "diagonal" else d_in**2) + d_out**2 * ("KBFGS" in name)
             assert (parts == ["D"]) == (d_out * d_in <= by_parts)
             step[owner] += L * groups * min(d_out * d_in, by_parts)
-            probes[owner] += L * groups * d_in
+            probes[owner] += L * groups * d_in * (kind != "diagonal")
             of_all.add(parts[0])
         if name == "both":
             assert of_all == {"D", "H_a"}

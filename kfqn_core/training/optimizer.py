@@ -264,7 +264,7 @@ class KFQN(torch.optim.Optimizer):
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:
-        """The state of every parameter by name: views of what the groups of layers own; on "meta" what other ranks keep."""
+        """The state of every parameter by name: views of what groups own; on "meta" what other ranks keep."""
         return checkpoint.states(self)
 
     @state.setter
