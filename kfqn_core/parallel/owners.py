@@ -9,8 +9,9 @@ to send, and gets
 
     P max_q sum_{values of owner q} numel(value).
 
-In every step the values are, for each layer, `D` or what it is made from; in a step that updates curvature there is one
-message more, with the vectors along which the action of `A` is asked for.
+In every step the values are, for each layer, `D` or what it is made from (layers that are too many to move at once move
+in turns, with a message for each turn); in a step that updates curvature there is one message more, with the vectors
+along which the action of `A` is asked for.
 """
 
 from __future__ import annotations
