@@ -7,6 +7,7 @@ some in a group of four, because starting a process costs seconds; the results a
 import copy
 import pickle
 import tempfile
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kfqn_core import KFQN, describe
 from kfqn_core.lab.ranks import alike, messages, run
 from kfqn_core.parallel.owners import shares
+from kfqn_core.training import plan
 from kfqn_core.training.owned import sent
 from tests.test_ddp import mean_loss, parts_of_batches
 from tests.test_faults import load, save
@@ -146,6 +148,12 @@ def owners(optimizer):
     return {name: group.owner for name, (group, _) in optimizer.plan.places.items()}
 
 
+def in_turns(rank=None):
+    """As if the layers were too large to move at once."""
+    with mock.patch.object(plan, "LARGE", 60):
+        return history(ON_TWO["equal-KBFGS_2020"], rank)
+
+
 def saved(rank):
     """The state after five steps, whose tensors pass through a file of torch's; and three more steps."""
     model, wrapped, optimizer, data = start((VECTORS, METHODS["next_batch"]), rank)
@@ -197,7 +205,7 @@ def held(optimizer):
 
 
 def memory(rank):
-    """The factors of this rank, with owners and without; what the summary counts; and after each kind of message."""
+    """Bytes of the factors of this rank and what the summary counts, with owners and without."""
     found = {}
     for name, options in {"action": ACTION, "KBFGS_2020": METHODS["KBFGS_2020"]}.items():
         sizes = []
@@ -213,7 +221,7 @@ def memory(rank):
 
 
 def traffic(rank):
-    """The messages of a step without an update and of one with it; `D` or the factor of each layer, and its owner."""
+    """The messages of a step without an update and of one with it; and of every group its owner and what that sends."""
     found = {}
     for name in ("both", "both-diagonal", "vectors-default", "vectors-KBFGS_2020"):
         (make, data, loss_fn), options = ON_TWO[name]
@@ -252,7 +260,7 @@ def refusals(rank):
 
 
 def two(rank):
-    extras = (uneven, empty, spoiled, changed, saved, traffic, refusals)
+    extras = (uneven, empty, in_turns, spoiled, changed, saved, traffic, refusals)
     results = {name: history(case, rank) for name, case in ON_TWO.items()}
     return results | {extra.__name__: extra(rank) for extra in extras}
 
@@ -296,6 +304,12 @@ def test_ranks_count_alike_whatever_they_have(work, ranks):
     first, second = (rank[work.__name__] for rank in ranks)
     assert same(first, second)
     assert_close(first, work())
+
+
+def test_layers_that_move_in_turns_are_sent_in_turns(ranks):
+    for one, other, alone in zip(ranks[0]["in_turns"], ranks[1]["in_turns"], in_turns(), strict=True):
+        assert same(one, other)
+        assert_close(one, alone)
 
 
 def test_a_nan_on_one_rank_changes_nothing_on_any(ranks):
