@@ -34,6 +34,8 @@ EVERY = 10
 # (How a decay of zero would enter decides nothing: it is recorded as it was when the first results were.)
 DEFAULTS = {**asdict(Options()), "linear": None, "momentum": 0.9, "weight_decay": 0.0, "decoupled_weight_decay": False}
 
+YOUNGER = ("safeguard", "owners")  # options that the first records say nothing of, since nobody could use them
+
 
 @dataclass(frozen=True)
 class Method:
@@ -96,8 +98,7 @@ class Method:
             }
         if self.constructor is KFQN and settings["refresh"] is None:
             settings = {**settings, "growth": INTERVAL_GROWTH}
-        if not settings.get("safeguard", True):
-            settings = {key: value for key, value in settings.items() if key != "safeguard"}  # younger than records
+        settings = {key: value for key, value in settings.items() if value or key not in YOUNGER}
         if settings.get("activation_factor") == "auto":
             settings = {**settings, "start": "shrunk"}  # matrices from a first A that is shrunk to its diagonal
         return {key: value if isinstance(value, int | float | str | None) else str(value)
