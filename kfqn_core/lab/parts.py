@@ -20,7 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kfqn_core.lab.networks import multilayer_perceptron
 from kfqn_core.lab.ranks import gradient_messages, messages
-from kfqn_core.training import owned as owners
+from kfqn_core.training import moves
+from kfqn_core.training.groups import Group
 from kfqn_core.training.optimizer import KFQN
 
 Closure = Callable[[], Tensor]
@@ -102,13 +103,13 @@ def owned(rank: int, cases: Mapping[str, Mapping[str, Any]], width: int, layers:
         rank: of this process; 0 for one that is alone, and keeps all.
         cases: options of KFQN, by name.
         width, layers: of the network.
-        broken: a name of what is broken, for checks: nothing comes from an owner but zeros.
+        broken: a name of what is broken, for checks: nothing is fetched, and the `D` of others are zero.
 
     Returns:
         By name the `state` of all ranks, the `held` bytes of factors of this one, and the sizes of the messages of the
         last two of 21 steps, `between` updates and of an `update` where the options say `refresh=2`.
     """
-    unsent = mock.patch.object(owners, "fetch", _zeros)
+    unsent = mock.patch.object(moves, "directions", _own_directions)
     found = {}
     for name, options in cases.items():
         with unsent if broken else nullcontext():
@@ -130,8 +131,12 @@ def owned(rank: int, cases: Mapping[str, Mapping[str, Any]], width: int, layers:
     return found
 
 
-def _zeros(ranks: Ranks, owners: Sequence[int], values: Sequence[Tensor], like: Tensor) -> list[Tensor]:
-    return [like.new_zeros(value.shape) for value in values]
+def _own_directions(groups: Sequence[Group], out: Sequence[Tensor]) -> set[Group]:
+    """As `owned.directions`, but that nothing is fetched."""
+    owned_groups = [(group, D) for group, D in zip(groups, out, strict=True) if group.owner is not None]
+    for group, D in owned_groups:
+        _ = group.direction(D) if group.held else D.zero_()
+    return {group for group, _ in owned_groups}
 
 
 def story(rank: int, widths: Sequence[int], sizes: Sequence[int]) -> dict[str, Any]:
