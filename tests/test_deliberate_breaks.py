@@ -133,7 +133,7 @@ BREAKS = [
                 return type(self), (self._watch,)
             """,
             "kfqn_core.estimate.hooks.Watch._foreign": "broken = lambda self, module: False",
-            "kfqn_core.estimate.hooks.reach": "broken = lambda leaf: 'yes'",
+            "kfqn_core.estimate.graph.reach": "broken = lambda leaf: 'yes'",
         },
         (NO_TRACE,),
     ),
@@ -151,7 +151,7 @@ BREAKS = [
     Break(
         "a foreign backward counts",
         {
-            "kfqn_core.estimate.hooks.reach": "broken = lambda leaf: 'yes'",
+            "kfqn_core.estimate.graph.reach": "broken = lambda leaf: 'yes'",
             "kfqn_core.estimate.hooks.Watch._cleared": "broken = lambda self, others: False",
         },
         (CLEARED, "tests/test_uses.py::test_gradients_that_are_taken_and_assigned_count_as_accumulated_ones"),

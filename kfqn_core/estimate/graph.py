@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from kfqn_core.estimate.statistics import Use
 
@@ -29,6 +31,28 @@ def hear(h: Tensor, hook: Callable[[Tensor], None]) -> None:
             hook(gradients[0].reshape(shape).contiguous().as_strided(sizes, stride, offset))
 
     base.grad_fn.register_prehook(heard)
+
+
+def hear_accumulation(leaf: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    """Call `hook` after every accumulation into a leaf, before anybody else's hook, which may clear the gradient."""
+    trained = leaf.requires_grad
+    leaf.requires_grad_(True)  # for the moment, if it is frozen: autograd takes no hook of it otherwise
+    handle = leaf.register_post_accumulate_grad_hook(hook)
+    leaf.requires_grad_(trained)
+    hooks: Any = leaf._post_accumulate_grad_hooks
+    others = [(key, value) for key, value in hooks.items() if key != handle.id]
+    hooks.clear()  # the same dictionary, which the handles of the others know
+    hooks.update([(handle.id, hook), *others])
+    hear_again(leaf)
+    return handle
+
+
+def hear_again(leaf: Any) -> None:
+    """Give autograd the hooks of `hear_accumulation` anew.
+
+    `torch.utils.swap_tensors` (models that are cast or loaded with swapped parameters) leaves them with the old memory.
+    """
+    leaf._post_accumulate_grad_hooks = leaf._post_accumulate_grad_hooks
 
 
 class Saved:
@@ -65,6 +89,13 @@ def is_checkpointed() -> bool:
     """
     hooks = None if _top_hooks is None else _top_hooks(True)
     return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
+
+
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which `torch.compile` leaves alone; where it may not (`fullgraph`), torch's error says why."""
+    reason = {"reason": "KFQN looks at what every layer gets and gives: compile without fullgraph=True"}
+    told = "reason" in inspect.signature(torch.compiler.disable).parameters  # torch 2.6 takes none
+    return torch.compiler.disable(function, **(reason if told else {}))
 
 
 class Passing:

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from kfqn_core.estimate.graph import Passing, Saved, hear, is_checkpointed, reach, together
-from kfqn_core.estimate.statistics import Record, Use, serials, thin
+from kfqn_core.estimate import graph
+from kfqn_core.estimate.statistics import Record, Use, serials, thin, version_of
 from kfqn_core.layers import Call, Part
 from kfqn_core.parallel.ranks import Ranks
 from kfqn_core.parallel.shards import is_shard
@@ -46,8 +46,8 @@ class Hooks:
     the model writes anywhere. Nothing of this package is in a pickle of the model. Copies and pickles of this object
     hook themselves into the modules that were copied along.
 
-    Under `torch.compile` a forward that is watched leaves the graph at every layer. Inside a transform of `torch.func`
-    nothing is seen.
+    Under `torch.compile` a forward that is watched leaves the graph at every layer, so that `fullgraph=True` cannot be.
+    Inside a transform of `torch.func` nothing is seen.
 
     Args:
         layers: by name, the module and which of its matrices (see `layers.parts`), each with the view that its
@@ -141,15 +141,14 @@ class Watch:
         self._weight = self._module.get_parameter(self.part.weight)
         self._sharded = is_shard(self._weight)
         if Watch.observe_eagerly is None:
-            Watch.observe_eagerly = staticmethod(torch.compiler.disable(Watch.observe))
-        this, trained = weakref.ref(self), self._weight.requires_grad
-        self._weight.requires_grad_(True)  # for the moment, if it is frozen: autograd takes no hook of it otherwise
+            Watch.observe_eagerly = staticmethod(graph.uncompiled(Watch.observe))
+        this = weakref.ref(self)
         handles = [
             # The first of all: what it sees is the output of the layer, before anybody's hook has changed it.
             self._module.register_forward_hook(_ForwardHook(this), with_kwargs=True, prepend=True),
-            self._weight.register_post_accumulate_grad_hook(_AccumulatedHook(this)),
+            graph.hear_accumulation(self._weight, _AccumulatedHook(this)),
         ]
-        self._weight.requires_grad_(trained)
+        self._memory = self._weight._cdata
         self.remove = weakref.finalize(self, _remove, handles)  # at the latest when the optimizer is gone
 
     def __getstate__(self) -> dict[str, Any]:
@@ -163,7 +162,7 @@ class Watch:
         """Forget what was seen; a pass that backward has yet to reach lives in its graph."""
         self.empty = False
         self._uses: list[Use] = []
-        self._passing: dict[int, Passing] = {}  # backwards that have yet to come to the weight, by their number
+        self._passing: dict[int, graph.Passing] = {}  # backwards that have yet to come to the weight, by their number
         self._captured: list[Use] = []  # by `autograd.grad` for the weight, which accumulates nothing
         self._gradient: tuple[weakref.ref[Tensor], int] | None = None  # after the last accumulation, and its version
         self._accumulations = 0
@@ -196,6 +195,9 @@ class Watch:
             return None
         self._ranks.notice()
         self.noticed = True
+        if self._memory != self._weight._cdata:  # the parameter is the same, and what is in it was swapped
+            graph.hear_again(self._weight)
+            self._memory = self._weight._cdata
         if self.mode == "inputs":
             self._count_forward(call)
             return None
@@ -209,13 +211,13 @@ class Watch:
         enclosing = torch._C._current_graph_task_id()  # of the backward that recomputes this forward, or -1
         if enclosing == -1 and self.pending and not self._thinned:
             # Another forward before the step: a micro-batch was accumulated. Its inputs make room for the next one's.
-            of_shards = together(self._passing.values()).uses if self._sharded else []
+            of_shards = graph.together(self._passing.values()).uses if self._sharded else []
             thin(self._uses + self._captured + of_shards, entries=FEW * self.part.view.d_in)
             self._thinned = True
         leaf = self._read_by(module) if zero is None else zero
         sight = _Sight(self, call, leaf, recomputed=enclosing != -1)
         if sight.samples and isinstance(call.x, Tensor):
-            hear(h, sight)
+            graph.hear(h, sight)
         elif sight.samples:
             h.register_hook(sight)  # it reads the node below, which may not hold it: nobody frees that circle
         else:
@@ -238,15 +240,15 @@ class Watch:
             return
         x = self.part.view.batched(call.x.detach())
         if x.shape[0]:
-            self._uses.append(Use(x, self.part.view.locations(x), version=x._version))
+            self._uses.append(Use(x, self.part.view.locations(x), version=version_of(x)))
 
     def reached(self, sight: _Sight, grad: Tensor) -> None:
         """Backward has come to a use: note it, and what the gradient is, until it has come to the weight."""
-        counts = reach(sight.leaf)
+        counts = graph.reach(sight.leaf)
         if counts == "no":
             return
         task = torch._C._current_graph_task_id()
-        passing = self._passing.setdefault(task, Passing()) if counts == "yes" else Passing()
+        passing = self._passing.setdefault(task, graph.Passing()) if counts == "yes" else graph.Passing()
         passing.accumulations = self._accumulations  # first: another thread may come between the two lines
         passing.stale = self._cleared(others=len(self._passing.keys() - {task}))
         last = None if sight.use is None else sight.use()
@@ -284,10 +286,10 @@ class Watch:
         """The gradient of the weight is there: what this backward has reached counts."""
         grad = self._weight.grad
         if self._sharded:  # its gradient is made of that of the whole when torch finds it time: after some backwards
-            passing = together(self._passing.values())
+            passing = graph.together(self._passing.values())
             self._passing.clear()
         else:
-            passing = self._passing.pop(torch._C._current_graph_task_id(), Passing())
+            passing = self._passing.pop(torch._C._current_graph_task_id(), graph.Passing())
         if grad is None or not (passing.uses or self.pending):
             return
         # Another backward, of another thread or of a checkpoint inside this one, may have come here since this one
@@ -328,7 +330,7 @@ class _Sight:
             self.T = view.locations(x)
             self.from_data = call.x.grad_fn is None
             if watch.mode == "gradient":
-                self.input, self.origin = Saved(x), StorageWeakRef(x.untyped_storage())
+                self.input, self.origin = graph.Saved(x), StorageWeakRef(x.untyped_storage())
         elif watch.mode == "gradient":
             self.input = call.x
         if watch.outputs and call.shows_h:
@@ -352,12 +354,12 @@ class _Sight:
             x = self.input()
         except RuntimeError:  # autograd's own check of versions
             return use
-        if not isinstance(self.input, Saved):
+        if not isinstance(self.input, graph.Saved):
             x = self.view.batched(x)
             use.samples = x.shape[0]
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             self.input = None  # the graph is passed for the last time, and its other tensors are freed as well
-        use.x, use.version = x, x._version
+        use.x, use.version = x, version_of(x)
         if self.recomputed or (self.origin is not None and self.origin.expired()):
             # It was dropped, packed or moved to the host since the forward: memory is short.
             thin([use], entries=FEW * self.view.d_in)
@@ -386,7 +388,8 @@ class _ForwardHook(_Hook):
             return None
         # Between a forward and its repetition a step may be taken, which says whether the next forward is looked at.
         if watch.mode != "inputs" and not (
-            torch.is_grad_enabled() and (watch.watching or (not torch.compiler.is_compiling() and is_checkpointed()))
+            torch.is_grad_enabled()
+            and (watch.watching or (not torch.compiler.is_compiling() and graph.is_checkpointed()))
         ):
             return None
         kwargs, output = rest

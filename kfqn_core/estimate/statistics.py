@@ -74,13 +74,18 @@ class Use:
 
     def check(self) -> None:
         """Forget the input if it was written over since it was seen."""
-        if self.x is not None and self.x._version != self.version:
+        if self.x is not None and version_of(self.x) != self.version:
             self.x = None
 
     @property
     def known(self) -> float:
         """The number of samples that those in `x` stand for."""
         return 0.0 if self.x is None else self.each * self.x.shape[0]
+
+
+def version_of(x: Tensor) -> int:
+    """Counts what was written into a tensor; 0 for one made in inference mode, which nothing counts."""
+    return 0 if x.is_inference() else x._version
 
 
 def thin(uses: Sequence[Use], *, vectors: float = math.inf, entries: float = math.inf) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kfqn_core.layers.linear import as_rows, check_rows
-from kfqn_core.layers.view import LayerView, UnsupportedLayer, dtype_of_sums
+from kfqn_core.layers.view import LayerView, UnsupportedLayer, dtype_of_sums, unnested
 
 
 class EmbeddingView(LayerView):
@@ -48,6 +48,7 @@ class EmbeddingView(LayerView):
         self._dtype = dtype_of_sums(layer.weight)  # indices have none that could be that of their statistics
 
     def batched(self, x: Tensor) -> Tensor:
+        x = unnested(x)
         if x.is_floating_point():
             return x.reshape(-1, self.d_out)  # outputs: [N, ..., d_out] -> [N T, d_out]
         return x.reshape(-1)  # [N, ...] -> [N T]

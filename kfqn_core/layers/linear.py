@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kfqn_core.layers.view import LayerView, check_floating, dtype_of_sums
+from kfqn_core.layers.view import LayerView, check_floating, dtype_of_sums, unnested
 
 
 class LinearView(LayerView):
@@ -39,6 +39,7 @@ class LinearView(LayerView):
         self.d_in = self.features + has_bias
 
     def batched(self, x: Tensor) -> Tensor:
+        x = unnested(x)
         return x.reshape(-1, x.shape[-1])  # [N, ..., d] -> [N T, d]; [d] -> [1, d]
 
     def locations(self, x: Tensor) -> int:

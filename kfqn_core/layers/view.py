@@ -248,3 +248,8 @@ def check_floating(x: Tensor, what: str) -> None:
 def dtype_of_sums(x: Tensor) -> torch.dtype:
     """That of x, but float32 for half precision."""
     return x.dtype if x.dtype.itemsize >= 4 else torch.float32
+
+
+def unnested(x: Tensor) -> Tensor:
+    """Of a batch of sequences of several lengths (a nested tensor) all positions one after the other; else x itself."""
+    return x.values() if x.layout == torch.jagged else x

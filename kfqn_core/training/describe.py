@@ -126,7 +126,8 @@ def _look(model: nn.Module, optimizer: KFQN, example: Any) -> tuple[dict[str, in
             if call is not None:
                 noticed.add(name)
                 if isinstance(call.x, Tensor) and call.x.numel():
-                    x = call.x if layer.view.rows_are_samples and call.x.dim() > 1 else layer.view.batched(call.x)
+                    as_it_is = layer.view.rows_are_samples and call.x.dim() > 1 and call.x.layout != torch.jagged
+                    x = call.x if as_it_is else layer.view.batched(call.x)
                     locations[name] = layer.view.locations(x)
 
         return hook

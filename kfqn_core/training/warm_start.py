@@ -47,7 +47,11 @@ def warm_start(model: nn.Module, plan: Plan, ranks: Ranks, batches: Iterable[Any
                 if name not in records:
                     if name in hidden:
                         continue
-                    raise RuntimeError(f"layer {name!r} was not used in the forward pass: freeze or remove it")
+                    error = plan.hooks[name].error
+                    raise RuntimeError(
+                        f"layer {name!r} was not used in the forward pass: freeze or remove it"
+                        + (f" (its input was not understood: {error})" if error else "")
+                    )
                 record = records[name]
                 before, samples[name] = samples[name], samples[name] + record.samples
                 locations[name] += record.samples * record.T

@@ -8,8 +8,11 @@ from torch import nn
 
 from kfqn_core import KFQN
 from tests.field.programs import (
+    H_of,
     difference,
+    error,
     heard,
+    inverse_of,
     mlp,
     randn,
     silence,
@@ -93,3 +96,28 @@ def test_to_empty_and_back():
         train(KFQN(twin), lambda: twin(x).square().mean(), 5)
     assert difference(model, twin) < 0.3
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.fixture
+def swapping():
+    """Models that are cast, moved or loaded keep their parameters as objects, and get other memory in them."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("start", [0, 3])
+def test_parameters_whose_memory_is_swapped_are_still_seen(swapping, dtype, start):
+    """Weights that are loaded (the best so far), or cast, by torch.utils.swap_tensors, which drops hooks."""
+    model, x = mlp(5, 8, 3), randn(16, 5)
+    optimizer = KFQN(model, lr=0.0, refresh=1, activation_factor="inverse")
+    train(optimizer, lambda: model(x).square().mean(), start)
+    weights = list(model.parameters())
+    optimizer.zero_grad()
+    model.to(dtype).load_state_dict(model.state_dict())
+    y = 3 * randn(16, 5, seed=2, dtype=dtype)
+    with silence():
+        train(optimizer, lambda: model(y).square().mean(), 2)
+    assert all(p is q for p, q in zip(weights, model.parameters(), strict=True))  # this torch does swap
+    assert error(H_of(optimizer, "0"), inverse_of(y)) < 1e-4  # float32, condition 400

@@ -226,3 +226,40 @@ def test_gradients_averaged_over_replicas_by_hand():
             before = values(model)
             optimizer.step()
             assert not still(model, before)
+
+
+@pytest.mark.parametrize("first", ["hooks", "optimizers"])
+def test_layers_that_step_while_backward_is_on_its_way(first):
+    """An optimizer for each layer, which steps and clears when the last gradient of the layer is there."""
+    model, x, optimizers, missing = mlp(5, 8, 8, 3), randn(16, 5), {}, {}
+    twin = copy.deepcopy(model)
+
+    def hook(i):
+        def step(p):
+            missing[i] = missing.get(i, 2) - 1
+            if not missing[i]:
+                optimizers[i].step()
+                optimizers[i].zero_grad()
+                del missing[i]
+
+        return step
+
+    def register():
+        for i in (0, 2, 4):
+            for p in model[i].parameters():
+                p.register_post_accumulate_grad_hook(hook(i))
+
+    if first == "hooks":
+        register()
+    optimizers.update((i, KFQN(model, params=list(model[i].parameters()))) for i in (0, 2, 4))
+    if first == "optimizers":
+        register()
+    after = {i: KFQN(twin, params=list(twin[i].parameters())) for i in (0, 2, 4)}
+    with silence():
+        for _ in range(6):
+            (model(x) - 1).square().mean().backward()
+            (twin(x) - 1).square().mean().backward()
+            for optimizer in after.values():
+                optimizer.step()
+                optimizer.zero_grad()
+    assert difference(model, twin) == 0.0

@@ -9,7 +9,10 @@ from kfqn_core import KFQN, describe
 from tests.field.programs import (
     H_of,
     difference,
+    error,
     heard,
+    inverse_of,
+    mlp,
     randn,
     silence,
     still,
@@ -258,3 +261,54 @@ def test_a_backbone_in_evaluation_mode_under_a_head_in_training_mode():
             train(optimizer, run, 10)
         runs.append(net)
     assert difference(*runs) < 1e-6
+
+
+# -- sequences of several lengths, and tensors of inference mode
+
+
+def sequences(*lengths, make=lambda n: randn(n, 5, seed=n)):
+    return torch.nested.nested_tensor([make(n) for n in lengths], layout=torch.jagged)
+
+
+@pytest.mark.parametrize("pairs", [None, "next_batch", "second_pass"])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_sequences_of_several_lengths_are_their_positions_one_after_the_other(pairs, micro_batches):
+    batches = [sequences(3, 4, 7), sequences(2, 5)][:micro_batches]
+    nested, flat = twins(mlp(5, 8, 3))
+    steps = KFQN(nested, pairs=pairs), KFQN(flat, pairs=pairs)
+
+    def closure(optimizer, loss):
+        optimizer.zero_grad()
+        for batch in batches:
+            (loss(batch) / micro_batches).backward()
+        return 0.0
+
+    with silence():
+        for _ in range(12):
+            steps[0].step(lambda: closure(steps[0], lambda b: (nested(b).values() - 1).square().mean()))
+            steps[1].step(lambda: closure(steps[1], lambda b: (flat(b.values()) - 1).square().mean()))
+    assert difference(nested, flat) < 1e-6
+
+
+def test_tokens_of_several_lengths():
+    nested, flat = twins(nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 3)))
+    tokens = sequences(3, 2, 6, make=lambda n: torch.arange(n))
+    one, other = KFQN(nested), KFQN(flat)
+    with silence():
+        one.warm_start([tokens])
+        other.warm_start([tokens.values()])
+        train(one, lambda: nested(tokens).values().square().mean(), 12)
+        train(other, lambda: flat(tokens.values()).square().mean(), 12)
+    assert difference(nested, flat) < 1e-6
+    assert {row.T for row in describe(nested, tokens).rows} == {1}
+
+
+@pytest.mark.parametrize("factors", ["auto", "inverse"])
+def test_a_warm_start_on_features_from_inference_mode(factors):
+    model = mlp(5, 8, 3)
+    with torch.inference_mode():
+        features = torch.tanh(randn(16, 5))
+    optimizer = KFQN(model, activation_factor=factors)
+    with silence():
+        optimizer.warm_start([features])
+    assert error(H_of(optimizer, "0"), inverse_of(features.clone())) < 1e-4
