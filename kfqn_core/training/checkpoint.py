@@ -26,15 +26,27 @@ SHARE = "step_share"  # of a guarded step; older states say nothing of it
 
 
 class States(defaultdict[Tensor, Any]):
-    """What is kept of every parameter. Taking an entry out would change nothing, and is refused."""
+    """What is kept of every parameter. To clear it begins anew; to take one entry out would change nothing: refused."""
+
+    def __init__(self, optimizer: KFQN):
+        super().__init__(dict)
+        self._optimizer = optimizer
+
+    def clear(self) -> None:
+        """Forget all that was learnt."""
+        super().clear()
+        self._optimizer.state = self
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(
-            "the entries of KFQN's state are views of what its layers share, and cannot be taken out: to begin anew, "
-            "make a new KFQN; to leave parameters to Adam, give them a group with curvature=False"
+            "the entries of KFQN's state are views of what its layers share, and cannot be taken out one by one: clear() "
+            "forgets all of them; to leave parameters to Adam, give them a group with curvature=False"
         )
 
-    clear = pop = popitem = __delitem__ = _refuse
+    pop = popitem = __delitem__ = _refuse
+
+    def __reduce__(self) -> Any:
+        return defaultdict, (dict, dict(self))
 
 
 def states(optimizer: KFQN) -> defaultdict[Tensor, Any]:
@@ -42,7 +54,7 @@ def states(optimizer: KFQN) -> defaultdict[Tensor, Any]:
 
     Of every parameter that may move now: who loads a state asks here what there is to be loaded.
     """
-    state = States(dict)
+    state = States(optimizer)
     if optimizer.plan is None:
         return state
     optimizer._follow_model()

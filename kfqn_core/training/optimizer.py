@@ -269,7 +269,19 @@ class KFQN(torch.optim.Optimizer):
 
     @state.setter
     def state(self, value: Any) -> None:
-        """Nothing: torch assigns an empty one."""
+        """An empty one begins anew, as it does with Adam: momenta, curvature and counted steps are forgotten."""
+        if self.plan is None:
+            return  # torch's own, while this object is made
+        if value:
+            raise ValueError(
+                f"the state of KFQN cannot be assigned, and got {len(value)} entries: load_state_dict restores a saved "
+                "one, and an empty one forgets all that was learnt"
+            )
+        self.plan.hooks.remove()
+        self.fallback = Fallback(by_adam=self._options.step_length != "raw")
+        self.plan, self._refused = None, frozenset()  # type: ignore[assignment]
+        self._steps, self._warm_started = 0, False
+        self._make_plan()
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: as `torch.optim.Optimizer`, with the model, so that both must be copied together."""

@@ -6,6 +6,7 @@ import io
 import pickle
 import subprocess
 import sys
+from collections import defaultdict
 
 import pytest
 import torch
@@ -106,14 +107,14 @@ def test_an_entry_for_every_parameter_and_nothing_else():
     assert set(optimizer.state) == set(model.parameters())
 
 
-@pytest.mark.parametrize("take", [lambda state, p: state.clear(), lambda state, p: state.pop(p),
-                                  lambda state, p: state.__delitem__(p)], ids=["clear", "pop", "del"])  # fmt: skip
+@pytest.mark.parametrize("take", [lambda state, p: state.pop(p), lambda state, p: state.popitem(),
+                                  lambda state, p: state.__delitem__(p)], ids=["pop", "popitem", "del"])  # fmt: skip
 def test_what_would_change_nothing_is_refused(take):
-    """Whoever empties a state means to begin anew, and must not go on with what was there."""
+    """Whoever takes an entry out means to begin anew with it, and must not go on with what was there."""
     model = network()
     optimizer = KFQN(model)
     train(optimizer, lambda: model(x).square().mean(), 2)
-    with pytest.raises(RuntimeError, match="to begin anew, make a new KFQN"):
+    with pytest.raises(RuntimeError, match="forgets all of them"):
         take(optimizer.state, next(model.parameters()))
     copy.deepcopy((model, optimizer))
     pickle.loads(pickle.dumps(optimizer))
@@ -336,3 +337,35 @@ def test_another_default_device():
             KFQN(model)
             describe(model)
         train(optimizer, lambda: functional.mse_loss(model(inputs), torch.zeros(16, 3)), 2)
+
+
+def assign(optimizer):
+    optimizer.state = defaultdict(dict)
+
+
+@pytest.mark.parametrize("begin_anew", [assign, lambda optimizer: optimizer.state.clear()])
+@pytest.mark.parametrize("make", [network, attention])
+@pytest.mark.parametrize("pairs", [None, "next_batch"])
+def test_an_empty_state_is_a_new_beginning(begin_anew, make, pairs):
+    """As with Adam, whose state users clear for the next task."""
+    model = make()
+    optimizer = KFQN(model, pairs=pairs)
+    train(optimizer, lambda: (model(x) - 1).square().mean(), 12)
+    twin = copy.deepcopy(model)
+    fresh = KFQN(twin, pairs=pairs)
+    with silence():
+        begin_anew(optimizer)
+        train(optimizer, lambda: (model(x) - 1).square().mean(), 12)
+        train(fresh, lambda: (twin(x) - 1).square().mean(), 12)
+    assert difference(model, twin) == 0.0
+    assert len(model[0]._forward_hooks) <= 1
+
+
+def test_another_state_is_not_assigned_in_silence():
+    model = network()
+    optimizer = KFQN(model)
+    train(optimizer, lambda: model(x).square().mean(), 2)
+    kept = copy.deepcopy(optimizer.state)
+    assert type(kept) is defaultdict
+    with pytest.raises(ValueError, match="load_state_dict"):
+        optimizer.state = kept
