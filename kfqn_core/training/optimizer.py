@@ -23,7 +23,7 @@ from kfqn_core.training.options import Options, refreshes
 from kfqn_core.training.owned import ranks_of, refuse_copies, whole
 from kfqn_core.training.pairs import SamePoint, source
 from kfqn_core.training.plan import Plan
-from kfqn_core.training.report import judge_coverage, say_unseen, summary
+from kfqn_core.training.report import covered_share, judge_coverage, say_coverage, say_unseen, summary
 from kfqn_core.training.rounds import first_round, second_round, seen, update
 from kfqn_core.training.warm_start import warm_start
 
@@ -231,10 +231,12 @@ class KFQN(torch.optim.Optimizer):
         """A new plan, if model or parameter groups have changed. Returns whether they had."""
         if self.plan.holds(self.param_groups):
             return False
+        covered = covered_share(self.plan)
         for old, new in parameters.follow(self._model, self.param_groups, self._names, whole=self._whole):
             self.fallback.replace(old, new)
         self._make_plan()
         self._skips.follow(self._device or parameters.device_of(self._params()))
+        say_coverage(self.plan, self.fallback, self._model, before=covered, stacklevel=6)
         return True
 
     def leave(self, names: Iterable[str]) -> None:

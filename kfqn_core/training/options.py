@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor
@@ -168,7 +169,7 @@ def require(name: str, value: Any, accepts: Callable[[Any], bool], expected: str
 
 def is_number(value: Any) -> bool:
     """A finite one, and no bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_fraction(value: Any) -> bool:
@@ -177,7 +178,7 @@ def is_fraction(value: Any) -> bool:
 
 
 def _is_natural(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def _is_rate(value: Any) -> bool:

@@ -10,6 +10,8 @@ from torch import nn
 from kfqn_core.training.fallback import Fallback
 from kfqn_core.training.plan import Plan, adam_bytes
 
+FEW = 0.5  # the share of weights with curvature below which a word is due
+
 
 def covered_share(plan: Plan) -> float:
     """The share of the trainable numbers that move with curvature."""
@@ -41,8 +43,21 @@ def judge_coverage(plan: Plan, fallback: Fallback, model: nn.Module) -> None:
             f"{type(model).__name__} has no layer with trainable parameters of its own that is h = W a, so there is "
             "nothing for KFQN to do: unfreeze a layer, name one in params, or use another optimizer"
         )
+    say_coverage(plan, fallback, model, stacklevel=4)
+
+
+def say_coverage(
+    plan: Plan, fallback: Fallback, model: nn.Module, *, before: float = 1.0, stacklevel: int
+) -> None:  # fmt: skip
+    """Warn if less than half of the trainable weights have curvature, naming the kinds that hold the rest.
+
+    Args:
+        plan, fallback, model: of the optimizer.
+        before: the share that had curvature until now; where that was less than half it has been said.
+        stacklevel: of the user's line.
+    """
     share = covered_share(plan)
-    if share >= 0.5:
+    if share >= FEW or before < FEW:
         return
     rest = {id(p) for params in plan.rest for p in params}
     kinds: Counter[str] = Counter()
@@ -54,7 +69,7 @@ def judge_coverage(plan: Plan, fallback: Fallback, model: nn.Module) -> None:
     warnings.warn(
         f"KFQN has curvature for {share:.0%} of this model's weights; the rest, mostly in {named}, moves "
         f"{fallback.how}. kfqn_core.layers.register adds a kind of layer; describe(model) lists every parameter",
-        stacklevel=3,
+        stacklevel=stacklevel,
     )
 
 

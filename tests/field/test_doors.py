@@ -4,9 +4,11 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from kfqn_core import KFQN, describe
 from tests.field.programs import H_of, Shadow, difference, error, heard, mlp, newer_torch, randn, silence, train, values
@@ -46,7 +48,7 @@ def test_a_framework_that_makes_its_optimizer_from_a_class_and_keywords():
     assert all(group["weight_decay"] == 0.01 for group in optimizer.param_groups)
 
 
-@pytest.mark.parametrize("rate", [torch.tensor(0.02), torch.tensor([0.02]), 0.02])
+@pytest.mark.parametrize("rate", [torch.tensor(0.02), torch.tensor([0.02]), 0.02, np.float32(0.02)])
 def test_a_rate_is_a_number_or_a_tensor(rate):
     model, plain = mlp(5, 8, 3), mlp(5, 8, 3)
     with silence():
@@ -297,3 +299,35 @@ def test_processes_that_average_gradients_themselves_stay_equal_or_are_refused(t
     ]  # fmt: skip
     outputs = [run.communicate(timeout=60) for run in runs]
     assert [out.strip() for out, _ in outputs] == ["equal" if given == "given" else "refused"] * 2, outputs
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_coverage_that_is_lost_later_is_said_once(again):
+    """Quantisation-aware training, for instance, puts layers of another kind in the place of those there were."""
+
+    class Rounded(nn.Linear):
+        def forward(self, x):
+            return functional.linear(x, self.weight + (self.weight.round(decimals=1) - self.weight).detach(), self.bias)
+
+    model = mlp(5, 8, 3)
+    with silence():
+        optimizer = KFQN(model)
+        train(optimizer, lambda: model(x).square().mean(), 2)
+    with heard() as messages:
+        model[0] = Rounded(5, 8)
+        train(optimizer, lambda: model(x).square().mean(), 2)
+        if again:
+            model[2] = Rounded(8, 3)
+            train(optimizer, lambda: model(x).square().mean(), 2)
+    assert len(messages) == 1
+    assert "Rounded" in messages[0]
+    assert "fallback_lr" in messages[0]
+
+
+@newer_torch
+def test_a_graph_that_may_not_be_left_says_why_it_is():
+    model = mlp(5, 8, 3)
+    optimizer = KFQN(model)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match="without fullgraph=True"):
+        train(optimizer, lambda: compiled(x).square().mean(), 1)

@@ -177,7 +177,7 @@ def test_a_weight_that_gets_another_name_and_its_own_again(apply, remove, bias):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(5, 8, bias=bias), nn.Tanh(), nn.Linear(8, 3)), randn(16, 5)
     optimizer = KFQN(model)
-    with silence():
+    with heard() as messages:
         for change, layers in ((None, {"0", "2"}), (apply, {"2"}), (remove, {"0", "2"})):
             if change:
                 change(model[0])
@@ -185,6 +185,7 @@ def test_a_weight_that_gets_another_name_and_its_own_again(apply, remove, bias):
             train(optimizer, lambda: (model(x) - 1).square().mean(), 4)
             assert not still(model, before)
             assert set(optimizer.layers) == layers
+    assert len(messages) == 1  # less than half of the weights have curvature in between
 
 
 APPLIED_LATER = {
