@@ -176,9 +176,9 @@ class Watch:
 
     def pop(self) -> Record | None:
         """What was seen since the last call; None if that is nothing. `empty` and `gradient_size` stay."""
-        uses = self._uses
-        if not uses and self._captured and self._weight.grad is not None:
-            uses = self._captured  # gradients that were taken by autograd.grad, and assigned
+        uses = self._uses or self._captured  # the latter: gradients that were taken by autograd.grad, and assigned
+        if self.mode == "gradient" and self._weight.grad is None:
+            uses = []  # dropped since, or never assigned
         size, empty = self.gradient_size, self.empty
         self.clear()
         self.gradient_size, self.empty = size, empty

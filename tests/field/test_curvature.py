@@ -1,5 +1,7 @@
 """What enters the statistics: what entered `p.grad`, whoever called what, and nothing that is not finite."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -235,6 +237,23 @@ def test_nor_after_the_backward_that_counts(disturb):
         disturb(model, optimizer)
 
     assert error(factor(program), inverse_of(x)) < 1e-4
+
+
+@pytest.mark.parametrize("pairs", [None, "next_batch"])
+def test_a_gradient_that_is_dropped_and_not_made_again_leaves_no_trace(pairs):
+    """A generator's step through a discriminator of the same model, which gives up what it got and stands still."""
+    model = nn.ModuleDict({"generator": nn.Linear(5, 5), "critic": mlp(5, 8, 1)})
+    optimizer = KFQN(model, pairs=pairs, refresh=1)
+    train(optimizer, lambda: model["critic"](model["generator"](x)).square().mean(), 3)
+    critic = {name: copy.deepcopy(optimizer.state[p]) for name, p in model["critic"].named_parameters()}
+    own = optimizer.layers["generator"].activation.H.clone()
+    optimizer.zero_grad()
+    model["critic"](model["generator"](far)).mean().backward()
+    model["critic"].zero_grad()
+    optimizer.step()
+    assert not torch.equal(optimizer.layers["generator"].activation.H, own)
+    for name, p in model["critic"].named_parameters():
+        assert all(torch.equal(value, critic[name][key]) for key, value in optimizer.state[p].items())
 
 
 @pytest.mark.parametrize("disturb", [saliency, projected_gradient_attack, jacobian])
