@@ -39,8 +39,8 @@ class States(defaultdict[Tensor, Any]):
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(
-            "the entries of KFQN's state are views of what its layers share, and cannot be taken out one by one: clear() "
-            "forgets all of them; to leave parameters to Adam, give them a group with curvature=False"
+            "the entries of KFQN's state are views of what its layers share, and cannot be taken out one by one: "
+            "clear() forgets all of them; to leave parameters to Adam, give them a group with curvature=False"
         )
 
     pop = popitem = __delitem__ = _refuse
@@ -70,28 +70,38 @@ def states(optimizer: KFQN) -> defaultdict[Tensor, Any]:
 
 
 def unpacked(
-    state_dict: Mapping[str, Any], params: Sequence[Tensor], defaults: Mapping[str, Any]
+    state_dict: Mapping[str, Any], own: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]
 ) -> tuple[dict[Tensor, Mapping[str, Tensor]], list[dict[str, Any]], tuple[Any, ...]]:
-    """A saved state as the state of `params` in their order, the parameter groups, and the counters.
+    """A saved state as the state of parameters in their order, the parameter groups, and the counters.
 
-    What a group says nothing of, since it was saved before there was such a setting, is as in `defaults`.
+    Args:
+        state_dict: as it was saved.
+        own: the parameter groups of the optimizer that loads it.
+        defaults: what stands for a setting that a saved group says nothing of, since it was saved before there was one.
 
     Raises:
-        ValueError: if it is no state of KFQN that can be loaded, or one for another number of parameters.
+        ValueError: if it is no state of KFQN that can be loaded, or one for other parameter groups.
     """
     if "kfqn" in state_dict:
         raise ValueError(
-            "this state was saved by kfqn-core before 0.2, which kept every layer by itself: load it there and save "
+            "this state was saved by an earlier kfqn-core, which kept every layer by itself: load it there and save "
             "the model, or start the optimizer anew (its factors are estimated again within a few steps)"
         )
     groups = [dict(group) for group in state_dict.get("param_groups", [])]
     if not groups or any(counter not in group for group in groups for counter in COUNTERS):
-        raise ValueError(f"this is not a state of KFQN: its keys are {sorted(state_dict)}")
+        raise ValueError(
+            f"this is not a state of KFQN: its keys are {sorted(state_dict)}, and a parameter group that counts "
+            f"{', '.join(COUNTERS)} is needed; load what the state_dict() of a KFQN has returned"
+        )
+    sizes, needed = ([len(group["params"]) for group in of] for of in (groups, own))
+    if sizes != needed:
+        raise ValueError(
+            f"the saved state is of {sum(sizes)} parameters, in groups of {sizes}, and this optimizer has "
+            f"{sum(needed)}, in groups of {needed}: create KFQN with the model and the groups that it was saved with"
+        )
     groups = [{**defaults, "peak_lr": group.get("lr", defaults["lr"]), **group} for group in groups]
     counters = [(*(group[counter] for counter in COUNTERS), group.get(SHARE, MOST)) for group in groups]
-    indices = [i for group in groups for i in group["params"]]
-    if len(indices) != len(params):
-        raise ValueError(f"the saved state is of {len(indices)} parameters, and this optimizer has {len(params)}")
+    params, indices = ([p for group in of for p in group["params"]] for of in (own, groups))
     saved = {p: state_dict["state"].get(i, {}) for i, p in zip(indices, params, strict=True)}
     return saved, groups, counters[0]
 

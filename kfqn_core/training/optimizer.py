@@ -308,7 +308,7 @@ class KFQN(torch.optim.Optimizer):
         """
         self._follow_model()
         with checkpoint.changed_by_hooks(self, state_dict) as state_dict:
-            saved, groups, counters = checkpoint.unpacked(state_dict, self._params(), self.defaults)
+            saved, groups, counters = checkpoint.unpacked(state_dict, self.param_groups, self.defaults)
             checkpoint.adopt_history(self, saved)
             super().load_state_dict({"state": {}, "param_groups": groups})
         checkpoint.load(self.plan, self.fallback, saved)

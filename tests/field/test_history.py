@@ -90,6 +90,21 @@ def test_a_state_that_does_not_fit_changes_nothing(other):
     assert list(optimizer.layers) == ["a"]
 
 
+def test_a_state_of_other_groups_changes_nothing():
+    """Not even which layers are left to Adam, which the state says as well."""
+    torch.manual_seed(0)
+    model, other, x = deep(), deep(), torch.randn(16, 40)
+    optimizer = KFQN(model)
+    train(optimizer, lambda: (model(x) - 1).square().mean(), 3)
+    first, *others = other.parameters()
+    grouped = KFQN(other, params=[{"params": [first], "curvature": False}, {"params": others}])
+    train(grouped, lambda: (other(x) - 1).square().mean(), 3)
+    plan = optimizer.plan
+    with pytest.raises(ValueError, match="groups of"):
+        optimizer.load_state_dict(grouped.state_dict())
+    assert optimizer.plan is plan
+
+
 @pytest.mark.parametrize("key", ["peak_lr", "fallback_lr", "eps", "betas", "curvature", "decoupled_weight_decay"])
 def test_a_setting_that_a_saved_group_does_not_know_is_the_optimizers(key):
     """It was saved before there was such a setting; torch's optimizers fill in their defaults."""
