@@ -28,7 +28,7 @@ from kfqn_core.training.rounds import first_round, second_round, seen, update
 from kfqn_core.training.warm_start import warm_start
 
 OWN = ("_options", "_model", "_whole", "_ranks", "fallback", "plan", "_refused", "_pairs", "_skips", "_steps",
-       "_warm_started", "_names", "_removed")  # fmt: skip
+       "_warm_started", "_names", "_removed", "_anew")  # fmt: skip
 
 
 class KFQN(torch.optim.Optimizer):
@@ -97,6 +97,7 @@ class KFQN(torch.optim.Optimizer):
         self.plan: Plan = None  # type: ignore[assignment]
         self._refused: frozenset[str] = frozenset()
         self._steps, self._warm_started, self._removed = 0, False, False
+        self._anew = False  # whether the state was emptied since the last step, and with it what was seen
         defaults = {
             "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "fallback_lr": fallback_lr, "betas": betas,
             "decoupled_weight_decay": decoupled_weight_decay, "eps": eps, "curvature": True,
@@ -215,7 +216,8 @@ class KFQN(torch.optim.Optimizer):
         if changed:
             self.plan.adopt(records)
         unseen, elsewhere = self.plan.survey(records)
-        if not changed and (unseen := self.plan.unexplained(unseen)):
+        anew, self._anew = self._anew, False
+        if not (changed or anew) and (unseen := self.plan.unexplained(unseen)):
             say_unseen(
                 self.plan, self.fallback, unseen, ever=bool(self._refused) or len(unseen) < len(self.plan.places)
             )
@@ -282,7 +284,7 @@ class KFQN(torch.optim.Optimizer):
         self.plan.hooks.remove()
         self.fallback = Fallback(by_adam=self._options.step_length != "raw")
         self.plan, self._refused = None, frozenset()  # type: ignore[assignment]
-        self._steps, self._warm_started = 0, False
+        self._steps, self._warm_started, self._anew = 0, False, True
         self._make_plan()
 
     def __getstate__(self) -> dict[str, Any]:

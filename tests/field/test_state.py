@@ -361,6 +361,22 @@ def test_an_empty_state_is_a_new_beginning(begin_anew, make, pairs):
     assert len(model[0]._forward_hooks) <= 1
 
 
+@pytest.mark.parametrize("begin_anew", [assign, lambda optimizer: optimizer.state.clear()])
+def test_a_new_beginning_in_the_middle_of_a_step(begin_anew):
+    """Between backward and step: the gradients are there, and what was seen of them is not."""
+    model = network()
+    optimizer = KFQN(model)
+    with silence():
+        train(optimizer, lambda: (model(x) - 1).square().mean(), 3)
+        (model(x) - 1).square().mean().backward()
+        begin_anew(optimizer)
+        before = values(model)
+        optimizer.step()
+        assert still(model, before) <= {"7.weight"}  # whose inputs are all positive
+        train(optimizer, lambda: (model(x) - 1).square().mean(), 3)
+    assert all(layer.started for layer in optimizer.layers.values())
+
+
 def test_another_state_is_not_assigned_in_silence():
     model = network()
     optimizer = KFQN(model)
