@@ -97,7 +97,7 @@ class KFQN(torch.optim.Optimizer):
         self.plan: Plan = None  # type: ignore[assignment]
         self._refused: frozenset[str] = frozenset()
         self._steps, self._warm_started, self._removed = 0, False, False
-        self._anew = False  # whether the state was emptied since the last step, and with it what was seen
+        self._anew = False  # whether what was seen since the last step may be gone with the plan that saw it
         defaults = {
             "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "fallback_lr": fallback_lr, "betas": betas,
             "decoupled_weight_decay": decoupled_weight_decay, "eps": eps, "curvature": True,
@@ -217,7 +217,7 @@ class KFQN(torch.optim.Optimizer):
             self.plan.adopt(records)
         unseen, elsewhere = self.plan.survey(records)
         anew, self._anew = self._anew, False
-        if not (changed or anew) and (unseen := self.plan.unexplained(unseen)):
+        if not anew and (unseen := self.plan.unexplained(unseen)):
             say_unseen(
                 self.plan, self.fallback, unseen, ever=bool(self._refused) or len(unseen) < len(self.plan.places)
             )
@@ -238,7 +238,8 @@ class KFQN(torch.optim.Optimizer):
             self.fallback.replace(old, new)
         self._make_plan()
         self._skips.follow(self._device or parameters.device_of(self._params()))
-        say_coverage(self.plan, self.fallback, self._model, before=covered, stacklevel=6)
+        self._anew = True
+        say_coverage(self.plan, self.fallback, self._model, before=covered, stacklevel=7)
         return True
 
     def leave(self, names: Iterable[str]) -> None:
@@ -294,7 +295,7 @@ class KFQN(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with counters in groups; loads under `weights_only=True`. With `owners` every rank calls it."""
-        self._follow_model()
+        self._follow_model()  # before torch numbers the parameters
         counters = dict(zip(checkpoint.COUNTERS, (self._steps, self.skipped_steps, self._warm_started), strict=True))
         for group in self.param_groups:
             group.update({**counters, checkpoint.SHARE: self._pairs.share})
@@ -315,5 +316,6 @@ class KFQN(torch.optim.Optimizer):
             super().load_state_dict({"state": {}, "param_groups": groups})
         checkpoint.load(self.plan, self.fallback, saved)
         self._steps, skipped, self._warm_started, self._pairs.share = counters
+        self._anew = True
         self._skips.counts.copy_(torch.tensor([skipped, 0], device="cpu"))
         self.plan.watch_all()  # the first pass also tells which ranks there are

@@ -267,6 +267,30 @@ def test_a_head_replaced_later_trains_and_the_old_one_is_let_go():
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} == set(map(id, model.parameters()))
 
 
+@pytest.mark.parametrize(
+    "look", [lambda o: o.state_dict(), lambda o: o.state, lambda o: o.load_state_dict(o.state_dict())]
+)
+@pytest.mark.parametrize("when", ["before the forward", "before the step"])
+def test_a_state_that_is_saved_before_a_change_was_stepped_on(look, when):
+    """A checkpoint right after the head was replaced, or between its first backward and its first step."""
+    model, x = mlp(5, 8, 3), randn(16, 5)
+    optimizer = KFQN(model)
+    with silence():
+        train(optimizer, lambda: model(x).square().mean(), 3)
+        model[0], model[2] = nn.Linear(5, 8), nn.Linear(8, 7)
+        if when == "before the forward":
+            look(optimizer)
+        optimizer.zero_grad()
+        (model(x) - 1).square().mean().backward()
+        look(optimizer)
+        before = values(model)
+        optimizer.step()
+        assert not still(model, before)
+        assert set(optimizer.state_dict()["state"]) == {0, 1, 2, 3}
+        train(optimizer, lambda: (model(x) - 1).square().mean(), 2)
+    assert all(layer.started for layer in optimizer.layers.values())
+
+
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("change", ["taken out", "put in"])
 def test_layers_that_get_other_names_keep_what_is_theirs(change, given):
