@@ -128,7 +128,7 @@ BREAKS = [
     Break(
         "stale hooks: a copy of the model writes into the original's records",
         {
-            "kfqn_core.estimate.hooks._Hook.__reduce__": """
+            "kfqn_core.estimate.registered.Hook.__reduce__": """
             def broken(self):
                 return type(self), (self._watch,)
             """,

@@ -254,7 +254,7 @@ def traffic(rank):
             optimizer.step()
         sent.append(list(own))
     held = sum(local(t).numel() for state in optimizer.state.values() for key, t in state.items() if key == "M")
-    numbers = optimizer.plan.state_numbers(optimizer.fallback)
+    numbers = optimizer.plan.state_bytes(optimizer.fallback)
     by_key = [local(t) for state in optimizer.state.values() for t in state.values()]
     counted = sum(t.numel() * t.element_size() for t in by_key)
     table = describe(model, activation_factor="action")

@@ -78,3 +78,8 @@ def test_operations_follow_the_number_of_shapes(method):
     )
     assert between[2] == between[9] == between[16], between
     assert updating[16] - updating[9] <= 2 * 7, updating
+
+
+def test_only_a_kfqn_is_captured():
+    with pytest.raises(TypeError, match="capture takes a KFQN, not Linear"):
+        kfqn_core.capture(nn.Linear(3, 2), lambda: None)

@@ -12,7 +12,8 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from kfqn_core import KFQN
-from kfqn_core.estimate.hooks import Hooks, _Hook
+from kfqn_core.estimate.hooks import Hooks
+from kfqn_core.estimate.registered import Hook
 from kfqn_core.lab.checks import relative_error
 from kfqn_core.layers import parts
 from tests.test_optimizer import METHODS, batches, closure_for, snapshot, square_loss, tanh_network, train
@@ -70,7 +71,7 @@ def test_model_and_optimizer_copied_together_go_on_bitwise(preset, duplicate, st
     train(model, optimizer, data, 5)
     assert equal(snapshot(model, optimizer), snapshot(twin, resumed))
     resumed.remove_hooks()
-    assert not any(isinstance(hook, _Hook) for module in twin.modules() for hook in module._forward_hooks.values())
+    assert not any(isinstance(hook, Hook) for module in twin.modules() for hook in module._forward_hooks.values())
 
 
 @pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)

@@ -698,3 +698,8 @@ def test_autocast_reaches_the_model_and_not_the_curvature(preset):
     expected, actual = snapshot(narrow, one), snapshot(wide, two)
     assert all(torch.equal(expected[key], actual[key]) for key in expected)
     assert {value.dtype for value in actual.values()} == {torch.float32}
+
+
+def test_processes_are_named_by_a_group():
+    with pytest.raises(TypeError, match="process_group must be a torch"):
+        KFQN(nn.Linear(3, 2), process_group=3)

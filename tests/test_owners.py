@@ -215,7 +215,7 @@ def memory(rank):
             optimizer.warm_start([torch.ones(3, 12).double()])
             train(model, optimizer, [(torch.ones(3, 12).double(), torch.zeros(3, 12).double())], 2)
             optimizer.state_dict()
-            sizes.append((held(optimizer), optimizer.plan.state_numbers(optimizer.fallback)))
+            sizes.append((held(optimizer), optimizer.plan.state_bytes(optimizer.fallback)))
         found[name] = sizes
     return found
 

@@ -17,7 +17,7 @@ from kfqn_core.estimate.statistics import Statistics
 from kfqn_core.maths.columns import Columns
 from kfqn_core.maths.secant import times
 
-EVERYWHERE = torch.tensor(True)
+EVERYWHERE = torch.tensor(True, device="cpu")
 DECAY = 0.9  # weight of the past in the running averages of the forms that keep less than a matrix
 
 

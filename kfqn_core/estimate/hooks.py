@@ -18,7 +18,6 @@ Where parameters are sharded, a forward has whole ones in their place, and uses 
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,10 +25,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._dynamo import eval_frame
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from kfqn_core.estimate import graph
+from kfqn_core.estimate.registered import AccumulatedHook, ForwardHook, remove
 from kfqn_core.estimate.statistics import Record, Use, serials, thin, version_of
 from kfqn_core.layers import Call, Part
 from kfqn_core.parallel.ranks import Ranks
@@ -145,11 +144,11 @@ class Watch:
         this = weakref.ref(self)
         handles = [
             # The first of all: what it sees is the output of the layer, before anybody's hook has changed it.
-            self._module.register_forward_hook(_ForwardHook(this), with_kwargs=True, prepend=True),
-            graph.hear_accumulation(self._weight, _AccumulatedHook(this)),
+            self._module.register_forward_hook(ForwardHook(this), with_kwargs=True, prepend=True),
+            graph.hear_accumulation(self._weight, AccumulatedHook(this)),
         ]
         self._memory = self._weight._cdata
-        self.remove = weakref.finalize(self, _remove, handles)  # at the latest when the optimizer is gone
+        self.remove = weakref.finalize(self, remove, handles)  # at the latest when the optimizer is gone
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: vars(self)[key] for key in ("vectors", "part", "outputs", "_module", "_ranks")}
@@ -368,48 +367,3 @@ class _Sight:
         if self.from_data and use.each == 1 and x.numel() <= SMALL:
             use.x, use.version = x.clone(), 0  # a buffer of the user's, who may fill it again before the step
         return use
-
-
-class _Hook:
-    """What is registered. Pickles and copies of it do nothing, and need nothing of this package."""
-
-    def __init__(self, watch: weakref.ref[Watch]):
-        self._watch = watch
-
-    def __reduce__(self) -> Any:
-        return getattr, (contextlib.nullcontext(), "__exit__")  # takes any arguments and returns None
-
-
-class _ForwardHook(_Hook):
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
-        """`rest` is `(kwargs, output)`, or `(output,)` if this hook was removed while torch went through its list."""
-        watch = self._watch()
-        if watch is None or len(rest) < 2:
-            return None
-        # Between a forward and its repetition a step may be taken, which says whether the next forward is looked at.
-        if watch.mode != "inputs" and not (
-            torch.is_grad_enabled()
-            and (watch.watching or (not torch.compiler.is_compiling() and graph.is_checkpointed()))
-        ):
-            return None
-        kwargs, output = rest
-        # Inside a compiled model, or behind a break of its graph, where every function is taken up once for each layer.
-        compiling = torch.compiler.is_compiling() or eval_frame.get_eval_frame_callback() is not None
-        observe: Any = Watch.observe_eagerly if compiling else Watch.observe
-        try:
-            return observe(watch, module, args, kwargs, output)
-        except Exception as error:  # whatever is wrong with the statistics, the user's forward goes on
-            watch.error = f"{type(error).__name__}: {error}"
-            return None
-
-
-class _AccumulatedHook(_Hook):
-    def __call__(self, weight: Tensor) -> None:
-        watch = self._watch()
-        if watch is not None:
-            watch.accumulated()
-
-
-def _remove(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()

@@ -136,6 +136,8 @@ def all_answering() -> Iterator[None]:
     """For a message: RuntimeError, with what to do, if a rank does not answer within the limit of its process group."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise  # of this rank
     except RuntimeError as error:
         raise RuntimeError(
             "the other processes that train this model did not answer, since one has stopped or has taken another "

@@ -108,9 +108,14 @@ def processes(model: nn.Module, given: ProcessGroup | None = None) -> ProcessGro
     """Those over which the parameters of `model` are spread; if they are not, those that are `given`.
 
     Raises:
-        TypeError: if parameters are spread in another way than by rows over one set of processes.
+        TypeError: if parameters are spread in another way than by rows over one set of processes, or for something
+            else than a process group.
         ValueError: if others are given.
     """
+    if given is not None and not hasattr(given, "rank"):
+        raise TypeError(
+            f"process_group must be a torch.distributed.ProcessGroup (new_group() makes one) or None, got {given!r}"
+        )
     found = spread_over(model)
     if found is None:
         return given

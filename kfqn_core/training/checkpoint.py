@@ -69,6 +69,39 @@ def states(optimizer: KFQN) -> defaultdict[Tensor, Any]:
     return state
 
 
+def begin_anew(optimizer: KFQN, state: Any) -> None:
+    """What assigning an empty state means, as with Adam: momenta, curvature and counted steps are forgotten.
+
+    Raises:
+        ValueError: if the state is not empty.
+    """
+    if state:
+        raise ValueError(
+            f"the state of KFQN cannot be assigned, and got {len(state)} entries: load_state_dict restores a saved "
+            "one, and an empty one forgets all that was learnt"
+        )
+    optimizer.plan.hooks.remove()
+    optimizer.fallback = Fallback(by_adam=optimizer.fallback.by_adam)
+    optimizer.plan, optimizer._refused = None, frozenset()  # type: ignore[assignment]
+    optimizer._steps, optimizer._warm_started, optimizer._anew = 0, False, True
+    optimizer._make_plan()
+
+
+def write_counters(optimizer: KFQN) -> None:
+    """Into the parameter groups, where a saved state has them."""
+    counters = optimizer._steps, optimizer.skipped_steps, optimizer._warm_started
+    for group in optimizer.param_groups:
+        group.update({**dict(zip(COUNTERS, counters, strict=True)), SHARE: optimizer._pairs.share})
+
+
+def read_counters(optimizer: KFQN, counters: tuple[Any, ...]) -> None:
+    """Go on from counters as `unpacked` returns them."""
+    optimizer._steps, skipped, optimizer._warm_started, optimizer._pairs.share = counters
+    optimizer._skips.counts.copy_(torch.tensor([skipped, 0], device="cpu"))
+    optimizer._anew = True
+    optimizer.plan.watch_all()  # the first pass also tells which ranks there are
+
+
 def unpacked(
     state_dict: Mapping[str, Any], own: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]
 ) -> tuple[dict[Tensor, Mapping[str, Tensor]], list[dict[str, Any]], tuple[Any, ...]]:
@@ -139,7 +172,7 @@ def adopt_history(optimizer: KFQN, saved: Mapping[Any, Mapping[str, Tensor]]) ->
             optimizer._refused = frozenset(left)
             optimizer._make_plan()
             check(optimizer.plan, optimizer.fallback, saved)
-    except ValueError:
+    except Exception:  # of whatever kind, where an entry is broken
         optimizer.plan, optimizer._refused = before
         optimizer._make_plan()
         raise

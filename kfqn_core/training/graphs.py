@@ -39,6 +39,7 @@ def capture(optimizer: KFQN, closure: Callable[[], Tensor]) -> CapturedStep:
             reads must lie in the same memory at every call, and it may not wait for the device.
 
     Raises:
+        TypeError: for something else than a KFQN.
         ValueError: if the optimizer cannot be captured.
     """
     return CapturedStep(optimizer, closure)
@@ -48,6 +49,8 @@ class CapturedStep:
     """See `capture`."""
 
     def __init__(self, optimizer: KFQN, closure: Callable[[], Tensor]):
+        if not hasattr(optimizer, "plan"):
+            raise TypeError(f"capture takes a KFQN, not {type(optimizer).__name__}: capture(optimizer, closure)")
         devices = {group.started.device for group in optimizer.plan.layer_groups}
         if len(devices) != 1 or next(iter(devices)).type != "cuda":
             found = ", ".join(sorted(map(str, devices))) or "no device"

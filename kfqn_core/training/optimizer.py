@@ -159,7 +159,7 @@ class KFQN(torch.optim.Optimizer):
         if self._steps:
             raise RuntimeError("warm_start comes before the first step; this optimizer has already stepped")
         self._follow_model()
-        with self._no_autocast(), whole(self.plan.layer_groups):
+        with self.plan.no_autocast(), whole(self.plan.layer_groups):
             warm_start(self._model, self.plan, self._ranks, batches)
         self._warm_started = True
 
@@ -181,7 +181,7 @@ class KFQN(torch.optim.Optimizer):
         parameters.follow_peaks(self.param_groups)
         groups, average = self.plan.layer_groups, self._steps > 0 or not self._warm_started  # that A sits one step out
 
-        with self._no_autocast():
+        with self.plan.no_autocast():
             batches = seen(groups, records, elsewhere, average=average, refresh=refresh)
             finite = first_round(self._ranks, [*batches.values(), *self._pairs.before(groups, records)], finite)
             self._skips.count(finite)
@@ -194,7 +194,7 @@ class KFQN(torch.optim.Optimizer):
             for params, settings in zip(self.plan.rest, self.param_groups, strict=True):
                 self.fallback.move([p for p in params if p.grad is not None], settings, finite)
         pairs = self._pairs.after(groups, self.plan.hooks, records)
-        with self._no_autocast():
+        with self.plan.no_autocast():
             probes = second_round(self._ranks, batches if refresh else {}, pairs)
             self._pairs.learn(finite, refresh)  # H_g <- BFGS(H_g, pair)
             if refresh:
@@ -211,16 +211,13 @@ class KFQN(torch.optim.Optimizer):
     def _prepare(self, records: dict[str, Record]) -> tuple[list[nn.Parameter], set[str]]:
         """Whatever may fail, fails here. Returns parameters with a gradient, and names: see `Plan.survey`."""
         self._require_hooks()
-        changed = self._follow_model()
-        self._ranks.require_group()
-        if changed:
+        if self._follow_model():
             self.plan.adopt(records)
+        self._ranks.require_group()
         unseen, elsewhere = self.plan.survey(records)
         anew, self._anew = self._anew, False
         if not anew and (unseen := self.plan.unexplained(unseen)):
-            say_unseen(
-                self.plan, self.fallback, unseen, ever=bool(self._refused) or len(unseen) < len(self.plan.places)
-            )
+            say_unseen(self.plan, self.fallback, unseen, before=self._refused)
             self.leave(unseen)
         parameters.refuse_sparse(moving := self.plan.moving())
         return moving, elsewhere
@@ -256,10 +253,6 @@ class KFQN(torch.optim.Optimizer):
     def _params(self) -> list[nn.Parameter]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _no_autocast(self) -> torch.autocast:
-        """Curvature needs its digits, also where a user's whole training step stands under autocast."""
-        return torch.autocast(self.plan.device_type, enabled=False)
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As `torch.optim.Optimizer.zero_grad`; what was seen of passes not stepped on is forgotten with them."""
         if isinstance(self._pairs, SamePoint) and self._pairs.evaluating:
@@ -275,18 +268,8 @@ class KFQN(torch.optim.Optimizer):
     @state.setter
     def state(self, value: Any) -> None:
         """An empty one begins anew, as it does with Adam: momenta, curvature and counted steps are forgotten."""
-        if self.plan is None:
-            return  # torch's own, while this object is made
-        if value:
-            raise ValueError(
-                f"the state of KFQN cannot be assigned, and got {len(value)} entries: load_state_dict restores a saved "
-                "one, and an empty one forgets all that was learnt"
-            )
-        self.plan.hooks.remove()
-        self.fallback = Fallback(by_adam=self._options.step_length != "raw")
-        self.plan, self._refused = None, frozenset()  # type: ignore[assignment]
-        self._steps, self._warm_started, self._anew = 0, False, True
-        self._make_plan()
+        if self.plan is not None:  # else torch's own, while this object is made
+            checkpoint.begin_anew(self, value)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: as `torch.optim.Optimizer`, with the model, so that both must be copied together."""
@@ -296,9 +279,7 @@ class KFQN(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with counters in groups; loads under `weights_only=True`. With `owners` every rank calls it."""
         self._follow_model()  # before torch numbers the parameters
-        counters = dict(zip(checkpoint.COUNTERS, (self._steps, self.skipped_steps, self._warm_started), strict=True))
-        for group in self.param_groups:
-            group.update({**counters, checkpoint.SHARE: self._pairs.share})
+        checkpoint.write_counters(self)
         with whole(self.plan.layer_groups):
             return super().state_dict()
 
@@ -315,7 +296,4 @@ class KFQN(torch.optim.Optimizer):
             checkpoint.adopt_history(self, saved)
             super().load_state_dict({"state": {}, "param_groups": groups})
         checkpoint.load(self.plan, self.fallback, saved)
-        self._steps, skipped, self._warm_started, self._pairs.share = counters
-        self._anew = True
-        self._skips.counts.copy_(torch.tensor([skipped, 0], device="cpu"))
-        self.plan.watch_all()  # the first pass also tells which ranks there are
+        checkpoint.read_counters(self, counters)

@@ -127,6 +127,7 @@ class SamePoint(NoPairs):
         self._loss: Any = None
         self._loss_after: Any = None
         self._closure: Callable[[], Any] | None = None
+        self._began = 0  # the serial number of the first use of the evaluation before
         self._again: SecondPass | None = None
         self._batches: dict[Group, list[AnyBatch]] = {}  # before and after the move
         self.evaluating = False  # for the second time
@@ -231,7 +232,8 @@ class SamePoint(NoPairs):
         device = before[0][0].device
         # A rank that could not evaluate again has no objection; it has to speak, for the others wait.
         after = self._loss if self._loss_after is None else self._loss_after
-        losses = [torch.as_tensor(loss).detach().to(device, torch.float32) for loss in (self._loss, after)]
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # which that device does not have
+        losses = [torch.as_tensor(loss).detach().to(device, dtype) for loss in (self._loss, after)]
         first, second = self._ranks.means([torch.stack(losses)])[0].unbind()
         worse = ~(second <= first)
         for p, old in before:

@@ -275,10 +275,9 @@ class Plan:
         loose = [p.requires_grad for group in param_groups for p in group["params"]]
         return params + children, flags + groups + loose + names
 
-    @property
-    def device_type(self) -> str:
-        """Of the layers' state."""
-        return self.groups[0][0].started.device.type if self.groups else "cpu"
+    def no_autocast(self) -> torch.autocast:
+        """Curvature needs its digits, also where a user's whole training step stands under autocast."""
+        return torch.autocast(self.groups[0][0].started.device.type if self.groups else "cpu", enabled=False)
 
     @property
     def layer_groups(self) -> list[Group]:
@@ -295,7 +294,7 @@ class Plan:
             found += own
         return found + [p for params in self.rest for p in params if p.grad is not None]
 
-    def state_numbers(self, fallback: Fallback) -> int:
+    def state_bytes(self, fallback: Fallback) -> int:
         """Bytes of everything that lives from one step to the next, in this process."""
         layers = [t for group, _ in self.groups for t in (*group.momenta, group.started, group.steady)]
         layers += [t for group, _ in self.groups if group.held for t in group.tensors().values()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Collection
 
 from torch import nn
 
@@ -25,7 +26,7 @@ def summary(plan: Plan, fallback: Fallback) -> str:
     params = [p for group, _ in plan.groups for layer in group.layers for p in layer.parameters]
     params += [p for of_group in plan.rest for p in of_group]
     shapes = {(*group.size[1:], group.M.b is not None) for group, _ in plan.groups}
-    ratio = plan.state_numbers(fallback) / max(1, adam_bytes(params))
+    ratio = plan.state_bytes(fallback) / max(1, adam_bytes(params))
     return (
         f"curvature for {covered_share(plan):.0%} of the weights, in {len(plan.places)} layers of "
         f"{len(shapes)} shapes; state {ratio:.2f} of Adam's"
@@ -73,19 +74,19 @@ def say_coverage(
     )
 
 
-def say_unseen(plan: Plan, fallback: Fallback, names: list[str], *, ever: bool) -> None:
+def say_unseen(plan: Plan, fallback: Fallback, names: list[str], *, before: Collection[str]) -> None:
     """Say that the weights of these layers have a gradient which none of their forwards explains.
 
     Args:
         plan: that holds the layers.
         names: of the layers.
-        ever: whether another layer was seen.
+        before: the names of layers of which that was said before.
 
     Raises:
         RuntimeError: if no layer was ever seen; else it is a warning.
     """
     errors = "; ".join(sorted({plan.hooks[name].error for name in names} - {""}))
-    if not ever:
+    if not before and len(names) == len(plan.places):
         raise RuntimeError(
             f"no forward of any layer was seen before this step (of {names[0]!r}, for instance): run forward and "
             "backward through the model that KFQN was given, and through its modules, not copies of them; a model that "
