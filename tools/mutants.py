@@ -20,6 +20,7 @@ import os
 import resource
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -361,6 +362,8 @@ def alone(work: Callable[[], Any]) -> None:
             status = 0
         except SystemExit as error:
             print(error, file=sys.stderr)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0:

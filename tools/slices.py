@@ -58,11 +58,12 @@ class _Order(ast.NodeVisitor):
 
     def __init__(self) -> None:
         self.read_first, self.stored = set[str](), set[str]()
+        self.inner = set[str]()  # names of a comprehension or a lambda: outside of it they are what they were
 
     def visit_Name(self, node: ast.Name) -> None:
         if isinstance(node.ctx, ast.Store):
             self.stored.add(node.id)
-        elif node.id not in self.stored:
+        elif node.id not in self.stored | self.inner:
             self.read_first.add(node.id)
 
     def visit_alias(self, node: ast.alias) -> None:
@@ -89,10 +90,21 @@ class _Order(ast.NodeVisitor):
         self._in_order(node, "iter", "target", "body", "orelse")
 
     def visit_comprehension(self, node: ast.comprehension) -> None:
-        self._in_order(node, "iter", "target", "ifs")
+        self._in_order(node, "iter")
+        self.inner |= {part.id for part in ast.walk(node.target) if isinstance(part, ast.Name)}
+        self._in_order(node, "ifs")
 
     def _comprehension(self, node: ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp) -> None:
+        outer = set(self.inner)
         self._in_order(node, "generators", *(["key", "value"] if isinstance(node, ast.DictComp) else ["elt"]))
+        self.inner = outer
+
+    def visit_Lambda(self, node: ast.Lambda) -> None:
+        self._in_order(node.args, "defaults", "kw_defaults")
+        outer = set(self.inner)
+        self.inner |= {part.arg for part in ast.walk(node.args) if isinstance(part, ast.arg)}
+        self._in_order(node, "body")
+        self.inner = outer
 
     visit_ListComp = visit_SetComp = visit_GeneratorExp = visit_DictComp = _comprehension  # noqa: N815
 

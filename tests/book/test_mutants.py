@@ -143,6 +143,8 @@ def test_a_check_needs_what_its_names_come_from():
 @pytest.mark.parametrize(
     ("check", "first"),
     [
+        ("x = [radii for radii in ()]\nassert radii", "radii = [1]"),
+        ("f = lambda radii: 1\nassert radii", "radii = [1]"),
         ("total = 0\nfor slow in [1]:\n    total += slow\nassert total", None),
         ("assert [slow for slow in (1, 2)]", None),
         ("assert slow", "slow = 1 / 0"),
