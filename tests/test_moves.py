@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfqn_core import KFQN
 from kfqn_core.training import length
 from kfqn_core.training.groups import plain_step
 from tests.test_groups import F64, FACTORS, LAYERS, drawn, layers_after_three_steps, look
-from tests.test_optimizer import error, snapshot
+from tests.test_optimizer import batches, error, snapshot, square_loss, tanh_network, train
 
 LENGTHS = {"raw": length.raw, "normalised": length.normalised, "normalised_rows": length.normalised_rows}
 
@@ -209,3 +210,27 @@ def test_what_decays_never_comes_to_the_numbers_that_a_processor_is_slow_with(dt
         assert not ((momentum != 0) & (momentum.abs() < smallest)).any(), step
     assert (momentum[0] == 0).all()
     assert (momentum[1:] != 0).any()
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """Of this process alone."""
+    distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 has no fully_shard on a CPU; 2.13.0 is tried")
+def test_momenta_held_in_parts_are_whole_in_a_move_and_take_no_memory_after_it(process_group, monkeypatch):
+    monkeypatch.undo()  # steps of the length that steadiness leaves them, which looks at momenta as well
+    whole, parts = tanh_network(), fully_shard(tanh_network())
+    steps = [KFQN(model, lr=0.05, weight_decay=0.1) for model in (whole, parts)]
+    for batch in batches()[:4]:
+        for model, optimizer in zip((whole, parts), steps, strict=True):
+            train(model, optimizer, [batch], 1, square_loss)
+        for p, q in zip(whole.parameters(), parts.parameters(), strict=True):
+            assert error(q.full_tensor(), p) < 1e-13  # the same operations, of which sums may come in another order
+        held = [M for group in steps[1].plan.layer_groups for M in group.M if M is not None]
+        looked_at = [M for moves in steps[1].plan.moves for steady, _ in moves._steady.values() for M in steady.M]
+        assert sorted(M.shape[1:] for M in looked_at) == sorted(p.shape for p in whole.parameters() if p.dim() == 2)
+        assert max(M.untyped_storage().nbytes() for M in held + looked_at) == 8  # a zero
