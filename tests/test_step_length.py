@@ -80,3 +80,32 @@ def test_hidden_layers_change_alike_whatever_their_width():
     ratio = change_of_hidden_layers(512) / change_of_hidden_layers(32)
     assert ratio.max() < 2.5
     assert ratio.min() > 0.5
+
+
+def test_a_scaler_multiplies_the_loss_and_nothing_else():
+    """By a power of two, which changes no digit: of the step, and of pairs, which see the gradients of outputs."""
+    ends = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+        optimizer = KFQN(model, lr=0.05, pairs="next_batch", step_length="raw")
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=10**6, enabled=enabled)
+        for x in torch.randn(4, 16, 5).double():
+            optimizer.zero_grad()
+            scaler.scale(model(x).square().sum(1).mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*ends, rtol=1e-13, atol=1e-14)
+
+
+def test_the_largest_rate_of_a_schedule_is_kept():
+    model = nn.Linear(5, 3)
+    optimizer = KFQN(model, lr=0.01)
+    peaks = []
+    for rate in (0.01, 0.2, 0.03):
+        optimizer.param_groups[0]["lr"] = rate
+        model(torch.ones(2, 5)).square().mean().backward()
+        optimizer.step()
+        peaks.append(optimizer.param_groups[0]["peak_lr"])
+    assert peaks == [0.01, 0.2, 0.2]
