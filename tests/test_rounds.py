@@ -92,6 +92,19 @@ def test_a_step_sends_two_messages_of_so_many_bytes_or_one(case, messages):
             assert sum(messages) == (4 if expected == 1 else 8 * expected)  # a flag by itself is a float32
 
 
+@pytest.mark.parametrize(("options", "first", "later"), [({}, 3, 2), ({"activation_factor": "inverse"}, 2, 1)])
+def test_a_first_estimate_adds_one_question_and_no_other_message(options, first, later, messages):
+    """Whatever it needs, A and of how many inputs it is, travels with the flag; so does the A of an exact inverse."""
+    make, data, loss_fn = VECTORS
+    model, sent = make(), []
+    optimizer = KFQN(model, lr=0.05, refresh=1, **options)
+    for batch in data()[:3]:
+        messages.clear()
+        optimizer.step(closure_for(model, optimizer, loss_fn, *batch))
+        sent.append(len(messages))
+    assert sent == [first, later, later]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_that_see_the_same_are_one_process(case, messages, monkeypatch):
     (make, data, loss_fn), options = CASES[case]
