@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kfqn_core import KFQN, presets
 from kfqn_core.lab.ranks import gradient_messages, messages, run
-from tests.test_optimizer import METHODS, batches, closure_for, error, snapshot, square_loss, tanh_network, train
+from tests.measures import assert_close, same_bits
+from tests.test_optimizer import METHODS, batches, closure_for, snapshot, square_loss, tanh_network, train
 from tests.test_optimizer_cnn import image_network, images
 
 STEPS, LONG = 5, 20
@@ -292,7 +293,7 @@ def refusals(rank):
         optimizer.step()
     said["by hand, later"] = str(raised.value)
     model[2].weight = whole
-    assert same(before.values(), snapshot(model, optimizer).values())
+    assert same_bits(before.values(), snapshot(model, optimizer).values())
     optimizer.step(closure)  # goes on
     return said
 
@@ -350,52 +351,41 @@ def of_four():
     return run(four, 4, seconds=SECONDS)
 
 
-def same(one, two):
-    """Bitwise, a NaN being equal to itself: factors that wait for a first mini-batch hold them."""
-    return all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(one, two, strict=True))
-
-
-def assert_close(values, expected, tolerance=EXACT):
-    for value, right in zip(values, expected, strict=True):
-        if right.any() and not right.isnan().any():
-            assert error(value, right) < tolerance
-
-
 @pytest.mark.parametrize(("size", "name"), [(size, name) for size, cases in CASES.items() for name in cases])
 def test_ranks_with_parts_of_batches_are_one_with_the_whole(size, name, request):
     results = request.getfixturevalue("ranks" if size == 2 else "of_four")
     tolerance = SINGLE if name.startswith("floats") else EXACT
     for *of_ranks, whole in zip(*(rank[name] for rank in results), history(CASES[size][name]), strict=True):
-        assert all(same(of_ranks[0], other) for other in of_ranks[1:])
+        assert all(same_bits(of_ranks[0], other) for other in of_ranks[1:])
         assert_close(of_ranks[0], whole, tolerance)
 
 
 @pytest.mark.parametrize("name", UNEVEN)
 def test_ranks_count_alike_whatever_they_have(name, ranks):
-    assert same(ranks[0]["uneven"][name], ranks[1]["uneven"][name])
-    assert_close(ranks[0]["uneven"][name], uneven()[name])
+    assert same_bits(ranks[0]["uneven"][name], ranks[1]["uneven"][name])
+    assert_close(ranks[0]["uneven"][name], uneven()[name], EXACT)
 
 
 def test_a_rank_without_samples_has_no_say_in_the_statistics(ranks):
-    assert same(ranks[0]["empty"], ranks[1]["empty"])
-    assert_close(ranks[0]["empty"], empty())
+    assert same_bits(ranks[0]["empty"], ranks[1]["empty"])
+    assert_close(ranks[0]["empty"], empty(), EXACT)
 
 
 def test_micro_batches_without_synchronisation_count(ranks):
-    assert same(ranks[0]["accumulated"], ranks[1]["accumulated"])
-    assert_close(ranks[0]["accumulated"], accumulated())
+    assert same_bits(ranks[0]["accumulated"], ranks[1]["accumulated"])
+    assert_close(ranks[0]["accumulated"], accumulated(), EXACT)
 
 
 def test_a_layer_that_one_rank_alone_sees_is_started_on_all(ranks):
     assert ranks[0]["routed"][0] == ranks[1]["routed"][0] == [True, True]
-    assert same(ranks[0]["routed"][1], ranks[1]["routed"][1])
+    assert same_bits(ranks[0]["routed"][1], ranks[1]["routed"][1])
 
 
 def test_the_wrapper_does_not_notice_a_second_pass(ranks):
     """It broadcasts the buffers of rank 0 before every first pass, as always, and before no second one."""
     (first, again), (first_1, again_1) = (rank["buffers"] for rank in ranks)
     assert len(first) == len(again) == STEPS
-    assert same(first, first_1)
+    assert same_bits(first, first_1)
     assert not any(torch.equal(one, other) for one, other in zip(again, again_1, strict=True))
 
 
@@ -403,11 +393,11 @@ def test_ranks_agree_on_skipping_a_step_and_on_locations(ranks):
     for unmoved, skipped, _ in (rank["accidents"] for rank in ranks):
         assert unmoved
         assert skipped == (1, 1)
-    assert same(ranks[0]["accidents"][2], ranks[1]["accidents"][2])
+    assert same_bits(ranks[0]["accidents"][2], ranks[1]["accidents"][2])
 
 
 def test_a_second_evaluation_that_fails_on_one_rank_keeps_nobody_waiting(ranks):
-    assert same(ranks[0]["half_evaluated"], ranks[1]["half_evaluated"])
+    assert same_bits(ranks[0]["half_evaluated"], ranks[1]["half_evaluated"])
     assert all(value.isfinite().all() for value in ranks[0]["half_evaluated"])
 
 
@@ -417,7 +407,7 @@ def test_a_nan_on_one_rank_changes_nothing_on_any(ranks):
             assert unmoved
             assert skipped == 1
             assert all(value.isfinite().all() for value in values)
-        assert same(first[2], second[2])
+        assert same_bits(first[2], second[2])
 
 
 def test_what_cannot_be_is_refused_with_a_sentence_before_anything_moves(ranks):
@@ -433,7 +423,7 @@ def test_a_checkpoint_can_be_read_by_one_process(ranks):
     first, second = (pickle.loads(rank["pickles"]) for rank in ranks)
     for model, optimizer in (first, second):
         train(model, optimizer, batches(), 2)
-    assert same(snapshot(*first).values(), snapshot(*second).values())
+    assert same_bits(snapshot(*first).values(), snapshot(*second).values())
 
 
 def test_a_step_sends_little_beside_the_gradients(ranks):

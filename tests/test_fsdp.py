@@ -18,9 +18,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from kfqn_core import KFQN, describe, presets
 from kfqn_core.lab.ranks import messages, run
 from kfqn_core.parallel.shards import local, whole
+from tests.measures import assert_close, same_bits
 from tests.test_ddp import parts_of_batches
 from tests.test_faults import load, save
-from tests.test_optimizer import METHODS, batches, closure_for, error, square_loss, tanh_network, train
+from tests.test_optimizer import METHODS, batches, closure_for, square_loss, tanh_network, train
 from tests.test_optimizer_cnn import image_network, images
 
 STEPS, LONG = 6, 20
@@ -207,7 +208,7 @@ def spoiled(rank):
             closure = closure_for(model, optimizer, loss_fn, x, y)
             optimizer.step(lambda k=k, closure=closure: closure() + (torch.inf if k == 4 and rank == 1 else 0.0))
             if k in (2, 4):
-                results.append(same(before, snapshot(model, optimizer)))
+                results.append(same_bits(before, snapshot(model, optimizer)))
         results += [optimizer.skipped_steps == 2, all(t.isfinite().all() for t in snapshot(model, optimizer))]
     return results
 
@@ -279,7 +280,7 @@ def saved(rank, folder):
     of_optimizer["state"] = {i: {key: whole(t) for key, t in of.items()} for i, of in of_optimizer["state"].items()}
     other = KFQN(twin, lr=0.05, **ORDERS_BY_ACTION[1])
     other.load_state_dict(of_optimizer)
-    assert same(loaded, snapshot(twin, other))
+    assert same_bits(loaded, snapshot(twin, other))
     train(twin, other, data, STEPS, loss_fn)
     return kept, end, loaded, snapshot(twin, other), resumed(folder, rank)
 
@@ -333,7 +334,7 @@ def refusals(rank):
     scaler.unscale_(optimizer)
     before = snapshot(model, optimizer)
     said["unscaled"] = refusal(RuntimeError, lambda: scaler.step(optimizer))
-    assert same(before, snapshot(model, optimizer))
+    assert same_bits(before, snapshot(model, optimizer))
     return said
 
 
@@ -382,23 +383,12 @@ def of_four(ranks, folder):
     return run(four, 4, folder, seconds=SECONDS)
 
 
-def same(one, other):
-    """Bitwise, a NaN being equal to itself: factors that wait for a first mini-batch hold them."""
-    return all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(one, other, strict=True))
-
-
-def assert_close(values, expected):
-    for value, right in zip(values, expected, strict=True):
-        if right.any() and not right.isnan().any():
-            assert error(value, right) < EXACT
-
-
 @pytest.mark.parametrize(("size", "name"), [(size, name) for size, cases in CASES.items() for name in cases])
 def test_ranks_with_parts_of_matrices_and_of_batches_are_one_with_the_whole(size, name, request):
     results = request.getfixturevalue("ranks" if size == 2 else "of_four")
     for first, *others, right in zip(*(rank[name] for rank in results), history(CASES[size][name]), strict=True):
-        assert all(same(first, other) for other in others)
-        assert_close(first, right)
+        assert all(same_bits(first, other) for other in others)
+        assert_close(first, right, EXACT)
 
 
 PROGRAMS = {
@@ -414,8 +404,8 @@ PROGRAMS = {
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_programs_of_users_take_the_steps_of_one_process(name, ranks):
-    assert same(ranks[0][name], ranks[1][name])
-    assert_close(ranks[0][name], PROGRAMS[name]())
+    assert same_bits(ranks[0][name], ranks[1][name])
+    assert_close(ranks[0][name], PROGRAMS[name](), EXACT)
 
 
 def test_inputs_of_micro_batches_make_room_for_the_next(ranks):
@@ -431,7 +421,7 @@ def test_what_is_not_finite_on_one_rank_changes_nothing_on_any(ranks):
 def test_in_half_precision_ranks_stay_the_same_and_learn(ranks):
     (first, last, state), (_, _, other) = (rank["half"] for rank in ranks)
     assert last < 0.7 * first
-    assert same(state, other)
+    assert same_bits(state, other)
 
 
 def test_a_step_sends_no_more_than_its_momentum_and_small_messages(ranks):
@@ -455,19 +445,19 @@ def test_a_rank_holds_its_part_of_the_momentum_and_says_so(ranks):
 
 def test_shards_are_loaded_by_as_many_ranks_to_the_bit(ranks):
     for kept, end, loaded, end_of_loaded, (read, end_of_read) in (rank["saved"] for rank in ranks):
-        assert not same(kept, end)
-        assert same(kept, loaded)
-        assert same(kept, read)
-        assert same(end, end_of_loaded)
-        assert same(end, end_of_read)
+        assert not same_bits(kept, end)
+        assert same_bits(kept, loaded)
+        assert same_bits(kept, read)
+        assert same_bits(end, end_of_loaded)
+        assert same_bits(end, end_of_read)
 
 
 def test_a_checkpoint_of_two_ranks_goes_on_with_four_and_with_one(ranks, of_four, folder):
     """What is read is the same bits; what follows differs by the order in which sums are rounded."""
     kept, end, *_ = ranks[0]["saved"]
     for read, further in (*(rank["resumed"] for rank in of_four), resumed(folder)):
-        assert same(kept, read)
-        assert_close(further, end)
+        assert same_bits(kept, read)
+        assert_close(further, end, EXACT)
 
 
 def test_shards_of_two_ranks_are_no_shards_of_four(of_four):

@@ -20,9 +20,10 @@ from kfqn_core.lab.ranks import alike, messages, run
 from kfqn_core.parallel.owners import shares
 from kfqn_core.training import plan
 from kfqn_core.training.owned import sent
+from tests.measures import assert_close, same_bits
 from tests.test_ddp import mean_loss, parts_of_batches
 from tests.test_faults import load, save
-from tests.test_optimizer import METHODS, batches, closure_for, error, square_loss, tanh_network, train
+from tests.test_optimizer import METHODS, batches, closure_for, square_loss, tanh_network, train
 from tests.test_optimizer_cnn import image_network, images
 
 LONG = 20
@@ -118,7 +119,7 @@ def spoiled(rank):
                 x[0, 0] = torch.nan
             train(wrapped, optimizer, [(x, y)], 1)
             if k == at:
-                unmoved = same(before, state_of(model, optimizer))
+                unmoved = same_bits(before, state_of(model, optimizer))
         results.append((unmoved, optimizer.skipped_steps, state_of(model, optimizer)))
     return results
 
@@ -170,7 +171,7 @@ def saved(rank):
         train(w, o, data[1:], 3)
         if m is model:
             end = state_of(m, o)
-    return kept, end, same(end, state_of(again, other))
+    return kept, end, same_bits(end, state_of(again, other))
 
 
 def resumed(rank, kept, ranks=2, owners=True):
@@ -280,36 +281,25 @@ def of_four():
     return run(four, 4, seconds=SECONDS)
 
 
-def same(one, other):
-    """Bitwise, a NaN being equal to itself: factors that wait for a first mini-batch hold them."""
-    return all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(one, other, strict=True))
-
-
-def assert_close(values, expected):
-    for value, right in zip(values, expected, strict=True):
-        if right.any() and not right.isnan().any():
-            assert error(value, right) < EXACT
-
-
 @pytest.mark.parametrize(("size", "name"), [(size, name) for size, cases in CASES.items() for name in cases])
 def test_ranks_with_a_share_of_the_factors_are_one_process_with_all(size, name, request):
     results = request.getfixturevalue("ranks" if size == 2 else "of_four")
     for *of_ranks, alone in zip(*(rank[name] for rank in results), history(CASES[size][name]), strict=True):
-        assert all(same(of_ranks[0], other) for other in of_ranks[1:])
-        assert_close(of_ranks[0], alone)
+        assert all(same_bits(of_ranks[0], other) for other in of_ranks[1:])
+        assert_close(of_ranks[0], alone, EXACT)
 
 
 @pytest.mark.parametrize("work", [uneven, empty])
 def test_ranks_count_alike_whatever_they_have(work, ranks):
     first, second = (rank[work.__name__] for rank in ranks)
-    assert same(first, second)
-    assert_close(first, work())
+    assert same_bits(first, second)
+    assert_close(first, work(), EXACT)
 
 
 def test_layers_that_move_in_turns_are_sent_in_turns(ranks):
     for one, other, alone in zip(ranks[0]["in_turns"], ranks[1]["in_turns"], in_turns(), strict=True):
-        assert same(one, other)
-        assert_close(one, alone)
+        assert same_bits(one, other)
+        assert_close(one, alone, EXACT)
 
 
 def test_a_nan_on_one_rank_changes_nothing_on_any(ranks):
@@ -318,14 +308,14 @@ def test_a_nan_on_one_rank_changes_nothing_on_any(ranks):
             assert unmoved
             assert skipped == 1
             assert all(value.isfinite().all() for value in values)
-        assert same(first[2], second[2])
+        assert same_bits(first[2], second[2])
 
 
 def test_a_layer_keeps_its_owner_when_the_model_changes(ranks):
     expected = changed()[1]
     for kept, values in (rank["changed"] for rank in ranks):
         assert kept
-        assert_close(values, expected)
+        assert_close(values, expected, EXACT)
 
 
 def test_a_state_is_whole_and_loads_onto_any_number_of_ranks(ranks):
@@ -333,13 +323,13 @@ def test_a_state_is_whole_and_loads_onto_any_number_of_ranks(ranks):
     assert from_checkpoint
     for one, other in zip(kept[1]["state"].values(), kept_by_other[1]["state"].values(), strict=True):
         assert one.keys() == other.keys()
-        assert same(one.values(), other.values())
-    assert_close(resumed(None, kept, owners=False), end)
+        assert same_bits(one.values(), other.values())
+    assert_close(resumed(None, kept, owners=False), end, EXACT)
     for without, again in run(resumed_by_two, 2, kept):
-        assert same(without, end)  # the same sums, whoever does the arithmetic
-        assert same(again, end)
+        assert same_bits(without, end)  # the same sums, whoever does the arithmetic
+        assert same_bits(again, end)
     for values in run(resumed_by_four, 4, kept):
-        assert_close(values, end)
+        assert_close(values, end, EXACT)
 
 
 def test_each_of_four_ranks_keeps_a_quarter_of_the_factors(of_four):
