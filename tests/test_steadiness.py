@@ -13,6 +13,7 @@ from kfqn_core.training import length, steadiness
 
 F64 = torch.float64
 ONE = torch.tensor(1.0, dtype=F64)
+TAKEN = torch.tensor(True)
 
 
 def share_after(gradients, mu=0.9):
@@ -28,7 +29,7 @@ def found_after(gradients, mu=0.9):
     squares = torch.zeros(gradients.shape[1], dtype=F64)
     M = torch.zeros_like(gradients[0])
     for G in gradients:
-        steadiness.observe(squares, G.norm(dim=-1), ONE * (1 - mu))
+        steadiness.observe(squares, G.norm(dim=-1), 1 - mu, TAKEN)
         M = mu * M + (1 - mu) * G
     return steadiness.rates(ONE, 1.0, steadiness.kept(squares, M.norm(dim=-1)))
 
@@ -63,17 +64,17 @@ def test_where_nothing_was_seen_steps_have_their_full_length():
         return steadiness.rates(torch.tensor(0.5), 1.0, steadiness.kept(squares, torch.full((2,), M))).tolist()
 
     assert rates(0.0) == [0.5, 0.5]
-    steadiness.observe(squares, none, torch.tensor(0.1))  # gradients of a dead layer
+    steadiness.observe(squares, none, 0.1, TAKEN)  # gradients of a dead layer
     assert rates(0.0) == [0.5, 0.5]
     assert rates(1.0) == [0.5, 0.5]  # a momentum that came with a checkpoint
-    steadiness.observe(squares, torch.ones(2), torch.tensor(0.1))  # which comes alive
+    steadiness.observe(squares, torch.ones(2), 0.1, TAKEN)  # which comes alive
     assert (squares > 0).all()
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_what_is_not_to_be_seen_changes_nothing(bad):
     squares = torch.tensor([0.5, 0.6, 0.7])
-    steadiness.observe(squares, torch.tensor([1.0, bad, 2.0]), torch.tensor([0.1, 0.0, 0.0]))
+    steadiness.observe(squares, torch.tensor([1.0, bad, 2.0]), 0.1, torch.tensor([True, False, False]))
     assert squares[0].item() == pytest.approx(0.55)
     assert torch.equal(squares[1:], torch.tensor([0.6, 0.7]))
 

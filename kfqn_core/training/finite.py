@@ -52,7 +52,7 @@ def all_finite(
             torch._amp_foreach_non_finite_check_and_unscale_(of, torch.zeros((), device=where), inverse)
         # Of half precision in float32, whose squares do not overflow. Where those of float32 do, no direction would be
         # finite either.
-        norms = torch._foreach_norm(of, 2, dtype=torch.promote_types(dtype, torch.float32))
+        norms = torch._foreach_norm(of, 2, dtype=torch.float32 if dtype.itemsize < 4 else dtype)
         lengths.update(zip(owners[where, dtype], norms, strict=True))
         flags.append((torch.stack(norms) < torch.inf).all().to(device))
     if isinstance(loss, Tensor):

@@ -84,9 +84,9 @@ class Moves:
             drop: whether entries of M below `NOTHING` become zero.
         """
         of_weights = {id(group): index for group, (index, _) in self._groups}
-        for (dtype, device), (steady, groups) in self._steady.items():
+        for (_, device), (steady, groups) in self._steady.items():
             momentum = [settings[of_weights[id(group)]]["momentum"] for group in groups for _ in group.layers]
-            steady.observe(lengths, momentum, finite.to(device, dtype))
+            steady.observe(lengths, momentum, finite.to(device))
         for index, flat, members in self._flats:
             of = settings[index]
             # Where there is no gradient stands the momentum, which then stays.
@@ -94,9 +94,8 @@ class Moves:
             if of["weight_decay"] and not of["decoupled_weight_decay"]:
                 W = torch.cat([torch.zeros_like(M) if p.grad is None else flatten(p) for p, flatten, M in members])
                 G.add_(W.to(flat.dtype), alpha=of["weight_decay"])
-            # Where a step is skipped the weight is zero; but 0 times NaN is NaN, so what is not finite becomes zero.
-            G.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-            flat.lerp_(G, finite.to(flat.device, flat.dtype) * (1.0 - of["momentum"]))
+            torch.where(finite.to(flat.device), G, flat, out=G)  # where a step is skipped G need not be a number
+            flat.lerp_(G, 1.0 - of["momentum"])
             if drop:
                 torch.hardshrink(flat, NOTHING, out=flat)
 
@@ -140,17 +139,16 @@ class Moves:
             torch.linalg.vector_norm(D if group in fetched else group.direction(D), dim=-1, out=norms)
         units = space.lengths.divisors(space.norms, members[0][0].options.step_length)
         kept = self._kept([group for group, _ in members])
-        divisors = {}
         space.make_steps()
         for i, rate in rates.items():
             if kept is not None:
                 rate = space.lengths.rows_of(steadiness.rates(rate, peaks[i], kept))
             # Where the step is skipped the rate is zero, and what D is divided by infinite.
-            divisors[i] = space.lengths.by_group(units / rate)
+            torch.div(units, rate, out=space.divisors[i])
         for k, (_, indices) in enumerate(members):
             for side, (part, step) in enumerate(zip(space.parts[k], space.steps[k], strict=True)):
                 if part is not None:
-                    torch.div(part, divisors[indices[side]][k], out=step)
+                    torch.div(part, space.divisors_of[indices[side]][k], out=step)
         moving = [(local(p), step()) for p, step in space.as_parameters if p.grad is not None]
         torch._foreach_sub_([p for p, _ in moving], [step for _, step in moving])
 
@@ -174,12 +172,11 @@ class Moves:
         return self._lengths[key]
 
     def _workspace(self, members: list[tuple[Group, Indices]]) -> _Workspace:
-        groups = [group for group, _ in members]
-        key, lengths = tuple(map(id, groups)), self._lengths_of(members)
+        key, lengths = tuple(id(group) for group, _ in members), self._lengths_of(members)
         if self._bench is None:
-            return _Workspace(groups, Bench(), lengths)
+            return _Workspace(members, Bench(), lengths)
         if key not in self._workspaces:
-            self._workspaces[key] = _Workspace(groups, self._bench, lengths)
+            self._workspaces[key] = _Workspace(members, self._bench, lengths)
         return self._workspaces[key]
 
     def _decay(self, index: int, rate: Tensor, members: list[tuple[Group, Indices]], of: Mapping[str, Any]) -> None:
@@ -213,18 +210,25 @@ class _Workspace:
         lengths: of these groups.
         directions: `D`, `[B, d_out, d_in]` each; `parts` are views of them.
         norms: `[rows]`, of which `norms_of` are views, `[B, d_out]` each.
+        divisors: what rows are divided by at the rate of a parameter group, `[rows]`, by its index; `divisors_of` are
+            views, `[B, d_out, 1]` each.
         steps: what is subtracted from the weights and from the biases, dense.
         as_parameters: every parameter, with what gives its step, shaped like it.
     """
 
-    def __init__(self, groups: Sequence[Group], bench: Bench, lengths: Lengths):
+    def __init__(self, members: Sequence[tuple[Group, Indices]], bench: Bench, lengths: Lengths):
+        groups = [group for group, _ in members]
         like, self.lengths = groups[0].M.W, lengths
         shapes = [(L * in_each, d_out, d_in) for L, in_each, d_out, d_in in (group.size for group in groups)]
         sizes = [math.prod(shape) for shape in shapes]
         self._groups, self._bench, self._sizes = groups, bench, sizes
-        *flats, self.norms = bench.take("directions", [*sizes, self.lengths.rows], like)
+        used = sorted({i for _, indices in members for i in indices})
+        *flats, rows = bench.take("directions", [*sizes, lengths.rows * (1 + len(used))], like)
+        self.norms, *divisors = rows.split(lengths.rows)
+        self.divisors = dict(zip(used, divisors, strict=True))
+        self.divisors_of = {i: lengths.by_group(of_rows) for i, of_rows in self.divisors.items()}
         self.directions = [flat.view(shape) for flat, shape in zip(flats, shapes, strict=True)]
-        self.norms_of = [rows.squeeze(-1) for rows in self.lengths.by_group(self.norms)]
+        self.norms_of = [norms.squeeze(-1) for norms in lengths.by_group(self.norms)]
         self.parts = [Columns.split(D, g.M.b is not None) for D, g in zip(self.directions, groups, strict=True)]
         self.steps: list[Columns] = []
         self.as_parameters: list[tuple[nn.Parameter, Callable[[], Tensor]]] = []

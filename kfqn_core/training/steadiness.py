@@ -20,15 +20,16 @@ from torch import Tensor, nn
 KEPT = 0.3  # of the gradient's length: from there on steps have their full length (benchmarks/NOTES.md)
 
 
-def observe(squares: Tensor, lengths: Tensor, toward: Tensor) -> None:
+def observe(squares: Tensor, lengths: Tensor, toward: float | Tensor, where: Tensor) -> None:
     """Take in a mini-batch.
 
     Args:
         squares: `[layers]`, averages of `||G||^2` from zero, with the weights that M has. Changed in place.
         lengths: `[layers]`, `||G||`; written over.
-        toward: `1 - momentum`, `[layers]` or a scalar; zero where nothing is to change, whatever stands in `lengths`.
+        toward: `1 - momentum`, a number or `[layers]`.
+        where: bool, a scalar or `[layers]`; elsewhere nothing changes, whatever stands in `lengths`.
     """
-    squares.lerp_(lengths.square_().nan_to_num_(nan=0.0), toward)  # zero times what is not finite would be NaN
+    squares.lerp_(torch.where(where, lengths.square_(), squares), toward)
 
 
 def kept(squares: Tensor, lengths: Tensor) -> Tensor:
@@ -75,16 +76,16 @@ class Steadiness:
         Args:
             lengths: of gradients, scalars by parameter.
             momenta: of every layer.
-            taken: scalar, one where the step is taken and zero where it is skipped.
+            taken: bool scalar, whether the step is taken.
         """
-        toward = taken * (1 - self._momentum(tuple(momenta)))
         if all(p.grad is not None for p in self._weights):
             of_weights = [lengths[p] for p in self._weights]
         else:
             none = self._squares.new_zeros(())
             of_weights = [none if p.grad is None else lengths[p] for p in self._weights]
-            toward = toward * torch.tensor([p.grad is not None for p in self._weights], device=toward.device)
-        observe(self._squares, torch.stack(of_weights).to(self._squares.dtype), toward)
+            taken = taken & torch.tensor([p.grad is not None for p in self._weights], device=taken.device)
+        here = torch.stack(of_weights).to(self._squares.dtype)
+        observe(self._squares, here, 1 - self._momentum(tuple(momenta)), taken)
 
     def kept(self) -> Tensor:
         """`[layers]`, of the gradient."""
