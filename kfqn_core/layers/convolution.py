@@ -76,7 +76,7 @@ class ConvView(LayerView):
         # Padding and patches are linear in x: the mean over samples comes first, and one sample is convolved.
         mean = x.mean(0, keepdim=True, dtype=dtype_of_sums(x))
         ones = mean.new_ones(1, self.groups, *self._grid(x))
-        total = self._weight_gradient(self._padded(mean), ones)[..., 0] / T
+        total = self.weight_gradient(self._padded(mean), ones)[..., 0] / T
         return pad(total, (0, 1), value=1.0) if self.has_bias else total
 
     def activation_action(self, x: Tensor, v: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class ConvView(LayerView):
         filters = V.mT.reshape(-1, *self.weight_shape[1:])
         zeros = [0] * len(self.kernel)
         scores = torch.convolution(x, filters, bias, self.stride, zeros, self.dilation, False, zeros, self.groups)
-        return scores, self._weight_gradient(x, scores)
+        return scores, self.weight_gradient(x, scores)
 
     def _pixels(self, x: Tensor) -> Tensor:
         """The pixels that a kernel of one position meets, `[N, groups, C, T]`."""
@@ -146,7 +146,7 @@ class ConvView(LayerView):
         back = pad(back, [-side for side in outside]).reshape(N, self.groups, K, -1)
         return scores, (back @ pixels.mT).sum(0).mT.reshape(self.groups, -1, 1)
 
-    def _weight_gradient(self, x: Tensor, scores: Tensor) -> Tensor:
+    def weight_gradient(self, x: Tensor, scores: Tensor) -> Tensor:
         """Sum over samples and locations of patch times score, `[groups, d_in without bias, k]`."""
         zeros = [0] * len(self.kernel)
         geometry = (self.stride, zeros, self.dilation, False, zeros, self.groups)

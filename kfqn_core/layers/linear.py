@@ -29,7 +29,7 @@ class LinearView(LayerView):
     def of(cls, weight: Tensor, *, has_bias: bool) -> LinearView:
         """The view of a matrix that is not a layer by itself."""
         new = cls.__new__(cls)
-        new._set_sizes(weight, has_bias)
+        cls._set_sizes(new, weight, has_bias)
         return new
 
     def _set_sizes(self, weight: Tensor, has_bias: bool) -> None:
