@@ -89,6 +89,7 @@ class TransposedConvView(ConvView):
         return scores, self.weight_gradient(x, scores)
 
     def weight_gradient(self, x: Tensor, scores: Tensor) -> Tensor:
+        """As for convolutions; `x` comes as it is, since nothing is padded."""
         k = scores.shape[1] // self.groups
         filters = x.new_empty(self._channels, k, *self.kernel)
         geometry = (self.stride, self._crop, self.dilation, True, self._more, self.groups)

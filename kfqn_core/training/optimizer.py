@@ -1,7 +1,7 @@
 """KFQN: the Kronecker-factored quasi-Newton optimizer (chapter 8).
 
-Three strata: pure kernels (`maths`), the update of layers of one shape (`groups`), and here what owns the state and
-fixes the order of things. A layer `h = W a` moves along `D = H_g M H_a`, where `M` is the momentum of its gradient
+Three strata: pure kernels (`maths`), the state and the part of layers of one shape (`groups`, with `factors`), and here
+what fixes the order of things. A layer `h = W a` moves along `D = H_g M H_a`, where `M` is the momentum of its gradient
 matrix: `vec(D) = (H_a (x) H_g) vec(M)`.
 """
 

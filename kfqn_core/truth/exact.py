@@ -325,6 +325,7 @@ def _preactivation_curvature(
     max_bytes: int,
     product: Callable[..., Tensor],
 ) -> Tensor:
+    """The matrix of every sample in `h` of which `product` gives products with vectors, as `preactivation_hessians`."""
     check_batch(x, y)
     module, _, h = layer_call(model, x, layer)
     layer_view = view(module)
@@ -344,7 +345,7 @@ def _preactivation_curvature(
     columns = torch.vmap(lambda v: product(outputs, loss, zero, v.expand(samples, size)), chunk_size=CHUNK)(
         torch.eye(size, dtype=h.dtype, device=h.device)
     )
-    G = columns.permute(1, 2, 0)
+    G = columns.permute(1, 2, 0)  # [size, N, size] -> [N, size, size], the last axis that of the unit vectors
     # Where each (output, location) of the view stands in h flattened: the layer's memory layout is the view's business.
     place = torch.arange(size, dtype=torch.float64, device=h.device).reshape(1, *h.shape[1:])
     place = layer_view.outputs(place).permute(0, 1, 3, 2).reshape(-1, layer_view.outputs(h).shape[2]).long()

@@ -31,7 +31,12 @@ class LayerCall(NamedTuple):
 
 
 class LayerParameters:
-    """One layer's `[W | b]` as a vector, and back to the names under which the model holds them."""
+    """One layer's `[W | b]` as a vector, and back to the names under which the model holds them.
+
+    Attributes:
+        name, module, part, view: of the layer.
+        theta: `[n]` with `n = groups * d_in * d_out`, the columns of every group's matrix one after the other.
+    """
 
     def __init__(self, model: nn.Module, layer: nn.Module | str) -> None:
         self.name, self.module, self.part = find_part(model, layer)
@@ -43,6 +48,7 @@ class LayerParameters:
         self.theta = vec(self.view.to_matrix(weight, bias).detach()).reshape(-1)
 
     def parameters(self, theta: Tensor) -> dict[str, Tensor]:
+        """`theta` `[n]` as weight and bias, by their names in the model."""
         v = self.view
         weight, bias = v.from_matrix(unvec(theta.reshape(v.groups, -1), v.d_out))
         named = {f"{self._prefix}{self.part.weight}": weight}
@@ -146,7 +152,7 @@ def layer_calls(model: nn.Module, own: LayerParameters, x: Tensor) -> list[Layer
 def hessian_product(
     outputs: Callable[[Tensor], Tensor], loss: Callable[[Tensor], Tensor], point: Tensor, v: Tensor
 ) -> Tensor:
-    """`H v` at `point`, where H is the Hessian of `loss(outputs(.))`."""
+    """`H v` `[n]` at `point` `[n]`, where H is the Hessian of `loss(outputs(.))` (Pearlmutter 1994)."""
 
     def composed(at: Tensor) -> Tensor:
         return loss(outputs(at))
@@ -157,14 +163,17 @@ def hessian_product(
 def gauss_newton_product(
     outputs: Callable[[Tensor], Tensor], loss: Callable[[Tensor], Tensor], point: Tensor, v: Tensor
 ) -> Tensor:
-    """`J^T H_z J v` at `point`: J the Jacobian of `outputs`, H_z the Hessian of `loss` in the output."""
+    """`J^T H_z J v` `[n]` at `point` `[n]`: J the Jacobian of `outputs`, H_z the Hessian of `loss` in the output.
+
+    Source: Schraudolph (2002).
+    """
     z, dz = jvp(outputs, (point,), (v,))[:2]
     Hdz = jvp(grad(loss), (z,), (dz,))[1]
     return vjp(outputs, point)[1](Hdz)[0]
 
 
 def matrix_of(column: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
-    """The matrix whose j-th column is `column(e_j)`."""
+    """The matrix whose j-th column is `column(e_j)`, `[m, n]`, for a vector `like` `[n]`."""
     identity = torch.eye(like.numel(), dtype=like.dtype, device=like.device)
     return torch.vmap(column, out_dims=1, chunk_size=CHUNK)(identity)
 
