@@ -29,7 +29,10 @@ SAMPLED = ("auto", "low_rank", "diagonal")  # activation factors that look at pa
 
 @dataclass(frozen=True)
 class Shape:
-    """One layer in one mini-batch: samples m, locations T, and the sizes of each of its groups."""
+    """One layer in one mini-batch: samples m, locations T, and the sizes of each of its groups.
+
+    `first` gets no input gradient; `diagonal_only` is `layers.LayerView`'s, of an embedding.
+    """
 
     m: int
     T: int
@@ -37,11 +40,12 @@ class Shape:
     d_in: int
     d_out: int
     first: bool
+    diagonal_only: bool = False
 
     @property
     def product(self) -> int:
-        """2 m T d_i d_o over all groups: one pass through the layer."""
-        return 2 * self.m * self.T * self.groups * self.d_in * self.d_out
+        """2 m T d_i d_o over all groups: one pass through the layer. Looking rows up multiplies nothing."""
+        return 0 if self.diagonal_only else 2 * self.m * self.T * self.groups * self.d_in * self.d_out
 
 
 def shapes(model: nn.Module, x: torch.Tensor) -> list[Shape]:
@@ -51,7 +55,8 @@ def shapes(model: nn.Module, x: torch.Tensor) -> list[Shape]:
     def watch(view: LayerView) -> Any:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...], h: torch.Tensor) -> None:
             T = view.outputs(h).shape[2]
-            found.append(Shape(len(x), T, view.groups, view.d_in, view.d_out, first=not found))
+            sizes = view.groups, view.d_in, view.d_out
+            found.append(Shape(len(x), T, *sizes, first=not found, diagonal_only=view.diagonal_only))
 
         return hook
 
@@ -81,9 +86,10 @@ def floor(name: str, settings: Mapping[str, Any], layers: list[Shape]) -> float 
         return forward_backward(layers) + sum(_orthogonalise(layer) for layer in layers)
     if name.startswith(("kfqn", "kbfgs")) and settings.get("activation_factor") != "inverse":
         options = {**asdict(Options()), **settings}
-        kinds = [options["activation_factor"]] * len(layers)
         if options["activation_factor"] == "auto":
             kinds = activation_factors(layers, options["rank"])
+        else:
+            kinds = ["diagonal" if layer.diagonal_only else options["activation_factor"] for layer in layers]
         ours = (_quasi_newton(layer, kind, options) for layer, kind in zip(layers, kinds, strict=True))
         return forward_backward(layers) + sum(ours)
     return None

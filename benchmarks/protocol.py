@@ -208,15 +208,12 @@ class NoRecordError(LookupError):
     """A run that decides about a choice was not made yet."""
 
 
-def choices(
-    task: Task, method: Method, steps: int, ensure: Callable[[Choice, int], float | None]
-) -> dict[str, Choice] | None:
+def choices(task: Task, method: Method, ensure: Callable[[Choice, int], float | None]) -> dict[str, Choice] | None:
     """What is judged of a method: `tuned`, `constant`, and what it promises untuned.
 
     Args:
         task: the problem.
         method: that is tuned.
-        steps: of a tuning run.
         ensure: gives the score of a choice on a seed, from a run or a record; None where there is no record, which ends
             the search.
 
@@ -304,7 +301,7 @@ class Contest:
             work.append(self.ratio * self.tuning_steps)
             return score(self._ensure(choice, seed, self.tuning_steps))
 
-        chosen = choices(self.task, self.method, self.tuning_steps, ensure)
+        chosen = choices(self.task, self.method, ensure)
         assert chosen is not None
         yield sum(work)
         for name, choice in chosen.items():

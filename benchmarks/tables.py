@@ -62,7 +62,7 @@ def _rows(task: Task, method: Method, results: Results, horizon: int, budget: st
         runs = choice.records(results, seed=seed, steps=tuning_steps)
         return score(runs[-1]) if runs else None
 
-    chosen = choices(task, method, tuning_steps, recorded)
+    chosen = choices(task, method, recorded)
     steps = budget_steps(task.steps, horizon, ratio, budget)
     rows = []
     for name, choice in (chosen or {}).items():

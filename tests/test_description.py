@@ -51,7 +51,7 @@ def test_describing_changes_nothing():
 
 
 def sizes(*layers):
-    return [SimpleNamespace(groups=1, d_in=d_in, d_out=d_out) for d_in, d_out in layers]
+    return [SimpleNamespace(groups=1, d_in=d_in, d_out=d_out, diagonal_only=False) for d_in, d_out in layers]
 
 
 @pytest.mark.parametrize(

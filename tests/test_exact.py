@@ -338,10 +338,6 @@ def test_bad_input_is_refused_before_any_work():
         exact.preactivation_hessians(mlp(), square, x, y, "0", max_bytes=8)
     with pytest.raises(ValueError, match=r"\(6, 5\).*\(5, 3\).*same, positive number"):
         exact.network_hessian(mlp(), square, x, y[:5])
-    with pytest.raises(ValueError, match=r"\[N, K\] is needed"):
-        exact.categorical(torch.zeros(3))
-    with pytest.raises(ValueError, match=r"\[N, K\] is needed"):
-        exact.unit_gaussian(torch.zeros(3))
 
     class Pair(nn.Linear):
         def forward(self, x):
@@ -349,3 +345,64 @@ def test_bad_input_is_refused_before_any_work():
 
     with pytest.raises(TypeError, match="must return one tensor, not tuple"):
         exact.network_hessian(Pair(5, 3).double(), square, x, y)
+
+
+MATRICES = {
+    "network_hessian": lambda model, x, y, loss: exact.network_hessian(model, loss, x, y),
+    "layer_hessian": lambda model, x, y, loss: exact.layer_hessian(model, loss, x, y, "0"),
+    "cross_hessian": lambda model, x, y, loss: exact.cross_hessian(model, loss, x, y, "0", "2"),
+    "layer_call": lambda model, x, y, loss: exact.layer_call(model, x, "0"),
+    "preactivation_hessians": lambda model, x, y, loss: exact.preactivation_hessians(model, loss, x, y, "0"),
+    "layer_gauss_newton": lambda model, x, y, loss: exact.layer_gauss_newton(model, loss, x, y, "0"),
+    "layer_fisher": lambda model, x, y, loss: exact.layer_fisher(model, loss, x, exact.unit_gaussian, "0"),
+}
+
+
+@pytest.mark.parametrize("matrix", MATRICES.values(), ids=MATRICES)
+def test_every_matrix_says_what_is_wrong_with_its_arguments(matrix):
+    x, y = data(6, 5)
+    with pytest.raises(ValueError, match=r"x has shape \(0, 5\), but \[N, ...\] with at least one.*not empty"):
+        matrix(mlp(), x[:0], y[:0], square)
+    with pytest.raises(ValueError, match=r"x has shape \(\), but \[N, ...\].*add a batch dimension"):
+        matrix(mlp(), x[0, 0], y[0, 0], square)
+    with pytest.raises(TypeError, match=r"x is a list, but a tensor \[N, ...\] is needed; convert it"):
+        matrix(mlp(), x.tolist(), y, square)
+    with pytest.raises(TypeError, match=r"model is a method, but an nn.Module is needed; wrap"):
+        matrix(mlp().forward, x, y, square)
+
+
+@pytest.mark.parametrize("name", [name for name in MATRICES if name not in ("layer_call", "layer_fisher")])
+def test_targets_and_losses_of_another_kind_are_refused(name):
+    x, y = data(6, 5)
+    with pytest.raises(ValueError, match=r"\(6, 5\).*\(5, 3\).*same, positive number"):
+        MATRICES[name](mlp(), x, y[:5], square)
+    with pytest.raises(TypeError, match=r"y is a list, but a tensor \[N, ...\] is needed; convert it"):
+        MATRICES[name](mlp(), x, y.tolist(), square)
+    with pytest.raises(TypeError, match=r"loss_fn returned a float, but a scalar tensor is needed; leave out .item"):
+        MATRICES[name](mlp(), x, y, lambda z, y: 3.0)
+
+
+def test_a_network_without_parameters_has_no_hessian():
+    with pytest.raises(ValueError, match=r"Tanh has no parameters, .* pass a model with a layer"):
+        exact.network_hessian(nn.Tanh(), square, *data(6, 5))
+
+
+@pytest.mark.parametrize("distribution", [exact.categorical, exact.unit_gaussian])
+def test_distributions_are_of_outputs_in_rows(distribution):
+    for shape in ((3,), (2, 3, 4), (0, 3), (3, 0)):
+        with pytest.raises(ValueError, match=r"\[N, K\] is needed with at least one sample and one output"):
+            distribution(torch.zeros(shape))
+    with pytest.raises(TypeError, match=r"must be a real floating-point tensor, not torch\.int64"):
+        distribution(torch.zeros(3, 2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("shapes", [((0, 6), (0, 6)), ((1, 6), (2, 6)), ((1, 6), (1, 4)), ((1, 3), (1, 3)),
+                                    ((1, 6), (6,)), ((6,), (6,))])  # fmt: skip
+def test_a_distribution_of_the_readers_own_has_a_row_for_every_target(shapes):
+    x, _ = data(6, 5)
+    targets, probabilities = torch.zeros(shapes[0], dtype=torch.long), torch.ones(shapes[1]).double()
+    with pytest.raises(ValueError, match=r"but \[K, 6, ...\] and \[K, 6\] with at least one target a sample"):
+        exact.layer_fisher(mlp(), nn.CrossEntropyLoss(), x, lambda z: (targets, probabilities), "0")
+    for other in (None, targets, (targets, 1)):
+        with pytest.raises(TypeError, match="but a pair of tensors, targets and probabilities, is needed"):
+            exact.layer_fisher(mlp(), nn.CrossEntropyLoss(), x, lambda z, other=other: other, "0")

@@ -114,7 +114,7 @@ def test_layers_look_at_their_part_of_the_group():
     assert error(layer.direction(), layer.gradient.inverse.H @ layer.M @ layer.activation.H) < 1e-14
 
 
-def seen_of(model, optimizer, seed, poisoned=()):
+def seen_of(optimizer, seed, poisoned=()):
     """One use of every layer; NaN in the inputs of some."""
     generator = torch.Generator().manual_seed(seed)
     records = {}
@@ -133,16 +133,16 @@ def test_first_estimates_come_layer_by_layer():
     optimizer = KFQN(model, activation_factor="action")
     ((group, _),) = optimizer.plan.groups
     finite, identity = torch.tensor(True), torch.eye(9, dtype=F64).expand(2, 9, 9)
-    records = seen_of(model, optimizer, 0, poisoned=("1",))
+    records = seen_of(optimizer, 0, poisoned=("1",))
     first = {"0": records["0"], "1": records["1"]}
     group.observe(group.batch(first), finite, average=True)
     assert [layer.started for layer in optimizer.layers.values()] == [True, False, False]
     assert torch.equal(optimizer.layers["1"].activation.H, identity)
     assert torch.equal(optimizer.layers["2"].activation.H, identity)
     settled = optimizer.layers["0"].activation.H.clone()
-    group.observe(group.batch(seen_of(model, optimizer, 1)), torch.tensor(False), average=True)
+    group.observe(group.batch(seen_of(optimizer, 1)), torch.tensor(False), average=True)
     assert [layer.started for layer in optimizer.layers.values()] == [True, False, False]
-    records = seen_of(model, optimizer, 2)
+    records = seen_of(optimizer, 2)
     group.observe(group.batch(records), finite, average=True)
     assert all(layer.started for layer in optimizer.layers.values())
     assert torch.equal(optimizer.layers["0"].activation.H, settled)  # one estimate is the first
@@ -153,10 +153,10 @@ def test_first_estimates_come_layer_by_layer():
 
 @pytest.mark.parametrize("factors", FACTORS)
 def test_an_update_reaches_the_layers_that_were_seen_and_are_started(factors):
-    model, optimizer = layers_after_three_steps("conv", 3, **FACTORS[factors])
+    _, optimizer = layers_after_three_steps("conv", 3, **FACTORS[factors])
     ((group, _),) = optimizer.plan.groups
     before = {name: look(optimizer)[name][2] for name in optimizer.layers}
-    records = seen_of(model, optimizer, 0, poisoned=("1",))
+    records = seen_of(optimizer, 0, poisoned=("1",))
     del records["2"]
     update({group: group.batch(records)}, torch.tensor(False))
     assert all(torch.equal(look(optimizer)[name][2], H) for name, H in before.items())

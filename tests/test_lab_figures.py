@@ -40,7 +40,8 @@ def test_compare_matrices_uses_one_scale_for_all_panels():
 
 
 def test_matrix_map_rises_in_luminance():
-    greys = [_luma(mpl.colormaps[figures._MATRIX_MAP](v)[:3]) for v in np.linspace(0, 1, 32)]
+    figures.use_style()
+    greys = [_luma(mpl.colormaps[mpl.rcParams["image.cmap"]](v)[:3]) for v in np.linspace(0, 1, 32)]
     assert (np.diff(greys) > 0).all()
 
 

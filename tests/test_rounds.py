@@ -34,7 +34,7 @@ def messages():
 
 def numbers(optimizer, update):
     """How many a step needs, from shapes and options alone: the first estimates are over. One is the flag."""
-    total, options = 1, optimizer._options
+    total, options = 1, optimizer.plan.options
     for layer in optimizer.layers.values():
         groups, d_in, d_out = layer.view.groups, layer.view.d_in, layer.view.d_out
         own = options.of(layer.view)
@@ -58,7 +58,7 @@ def asks_again(optimizer):
     """Whether an update asks what depends on another answer, or on the move."""
     factors = [layer.activation for layer in optimizer.layers.values()]
     acts = any("F" in own or ("H_a" in own and "A" not in own) for own in (factor.tensors() for factor in factors))
-    return acts or optimizer._options.pairs == "second_pass"
+    return acts or optimizer.plan.options.pairs == "second_pass"
 
 
 CASES = {
@@ -166,7 +166,7 @@ def shared_batch(ranks, seen=(True, True), groups=2):
 def test_what_is_wanted_travels_together_and_is_the_same_as_what_is_not(wanted, messages):
     here, batch = shared_batch(Ranks(), seen=(True, False))
     names = ("mean_input", "diagonal", "second_moment", "vectors", "locations")
-    v = torch.randn(4, here._views[0].d_in, dtype=F64)
+    v = torch.randn_like(here.mean_input())
     if wanted:
         batch.want(*names, along=v)
         share(Ranks(), [batch])

@@ -70,7 +70,8 @@ class Mutant:
 
 
 @cache
-def _module(name: str) -> ast.Module:
+def syntax_tree(name: str) -> ast.Module:
+    """The syntax tree of a module, as it was when it was first asked for."""
     return ast.parse(Path(sys.modules[name].__file__ or "").read_text(encoding="utf-8"))
 
 
@@ -92,7 +93,7 @@ def parts(room: str) -> dict[tuple[str, str], Any]:
         if (function.__module__, name) in found or "<locals>" in name or DOOR.match(name):
             continue
         found[function.__module__, name] = function
-        for node in ast.walk(_definition(_module(function.__module__), name)):
+        for node in ast.walk(_definition(syntax_tree(function.__module__), name)):
             helper = (
                 function.__globals__.get(node.id) if isinstance(node, ast.Name) and node.id.startswith("_") else None
             )
@@ -104,7 +105,7 @@ def parts(room: str) -> dict[tuple[str, str], Any]:
 
 def text(module: str, function: str) -> str:
     """The function as far as it is code: the same for another comment or docstring."""
-    node = copy.deepcopy(_definition(_module(module), function))
+    node = copy.deepcopy(_definition(syntax_tree(module), function))
     if ast.get_docstring(node) is not None:
         node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(node)
@@ -123,7 +124,7 @@ def mutants(room: str, most: int, seed: int = 0) -> list[Mutant]:
 
 
 def _of(room: str, module: str, function: str) -> Iterator[Mutant]:
-    definition = _definition(_module(module), function)
+    definition = _definition(syntax_tree(module), function)
     closed = set(_closed(definition))
     for place, node in enumerate(ast.walk(definition)):
         for variant, changed in enumerate(() if node in closed else _variants(node)):
@@ -214,7 +215,7 @@ class _Put(ast.NodeTransformer):
 
 def _compiled(mutant: Mutant) -> CodeType | None:
     """The mutant's code; None where it is not Python, or does not close over the same variables."""
-    tree = copy.deepcopy(_module(mutant.module))
+    tree = copy.deepcopy(syntax_tree(mutant.module))
     definition = _definition(tree, mutant.function)
     node = list(ast.walk(definition))[mutant.node]
     tree = ast.fix_missing_locations(_Put(node, list(_variants(node))[mutant.variant]).visit(tree))

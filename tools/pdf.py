@@ -13,7 +13,7 @@ import argparse
 import base64
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -28,6 +28,7 @@ from tools.manifest import Book, Chapter
 PAPER = {"paperWidth": 8.27, "paperHeight": 11.69, "marginTop": 0.75, "marginBottom": 0.75}
 SIDE = 0.67
 PATIENCE_S = 900  # thousands of formulas, on a busy machine
+PRINTS = 5  # two are needed, a third if the contents get longer by their numbers
 WIDTH = round((PAPER["paperWidth"] - 2 * SIDE) * 96)  # of the column, in pixels
 LINE = (
     '<div style="font: 8px sans-serif; color: #555; width: 100%; padding: 0 {side}in; display: flex; '
@@ -70,18 +71,34 @@ def build(book: Book, kind: str, only: Chapter | None = None) -> Path:
     title = f"{book.title}{f': {only.name}' if only else ''}"
     with TemporaryDirectory(prefix=".pdf-", dir=path.parent) as place, browser.Browser(PATIENCE_S) as tab:
         html, new = Path(place) / "book.html", Path(place) / "book.pdf"
-        pages: dict[str, int] = {}
-        while True:  # the numbers in the table of contents are known once it has been printed
-            document = edition.document(book, folder, chosen, kind, pages)
-            html.write_text(str(document), encoding="utf-8")
+
+        def attempt(pages: dict[str, int]) -> dict[str, int]:
+            html.write_text(str(edition.document(book, folder, chosen, kind, pages)), encoding="utf-8")
             new.write_bytes(_print(tab, html, title))
-            found = {} if only else _headings(new)
-            if found == pages:
-                break
-            pages = found
-        _name_outline(new, edition.titles(document))
+            return {} if only else _headings(new)
+
+        pages = settled(attempt)
+        _name_outline(new, edition.titles(edition.document(book, folder, chosen, kind, pages)))
         new.replace(path)
     return path
+
+
+def settled(attempt: Callable[[dict[str, int]], dict[str, int]]) -> dict[str, int]:
+    """The page of every heading, which the table of contents names: known once it has been printed, so print again.
+
+    Args:
+        attempt: prints with these numbers in the contents, and returns those of the pages as printed.
+    """
+    pages: dict[str, int] = {}
+    for _ in range(PRINTS):
+        found = attempt(pages)
+        if found == pages:
+            return pages
+        pages = found
+    raise PdfError(
+        f"The PDF was printed {PRINTS} times, and its contents still name other pages than those on which the headings "
+        "stand: the contents change their length with their numbers. Print single chapters: make pdf N=02"
+    )
 
 
 def folder_of(book: Book, only: Chapter | None) -> Path:

@@ -40,7 +40,7 @@ def stage(book: Book, target: Path, with_gaps: bool = False, only: Chapter | Non
         page, note = _notebook(book, chapter, with_gaps)
         if chapter == only:
             note += gaps.among(book, chapter)
-        nbformat.write(_page(book, chapter, page, note, entries.checks), target / f"{chapter.slug}.ipynb")
+        nbformat.write(_page(chapter, page, note, entries.checks), target / f"{chapter.slug}.ipynb")
     shutil.copytree(book.root / "site" / "_static", target / "_static")  # pictures of the home page
     for page in _own_pages(book):
         shutil.copy(page, target)
@@ -88,9 +88,7 @@ def _notebook(book: Book, chapter: Chapter, with_gaps: bool) -> tuple[NotebookNo
     raise SiteError(f"{chapter.slug} was not executed since it, or the code it stands on, changed: run `make book`")
 
 
-def _page(
-    book: Book, chapter: Chapter, page: NotebookNode, note: str, checks: tuple[ledger.Check, ...]
-) -> NotebookNode:
+def _page(chapter: Chapter, page: NotebookNode, note: str, checks: tuple[ledger.Check, ...]) -> NotebookNode:
     """The notebook of a chapter as the site shows it: stubs in the tasks, targets before the checks."""
     targets = {check.number: ledger.anchor(check) for check in checks if check.chapter == chapter}
     tasks = {exercise.label: exercise for exercise in exercises.collect(chapter, page)[0]}

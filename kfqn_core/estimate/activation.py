@@ -87,7 +87,7 @@ class ActivationFactor:
     The curvature along the pair is exact, `s'y = s'(A + lambda_A I)s > 0`, so no damping is needed (chapter 6).
 
     Args:
-        sizes: `groups` and `d_in` of the layer.
+        sizes: `groups`, of all layers together (B), and `d_in`.
         damping: `lambda_A`, added to the diagonal of `A`.
         decay: weight of the past in the running average of `A`. `None` keeps no `A` at all: its action is taken from
             the current mini-batch, without forming it.
@@ -213,7 +213,7 @@ def update_together(
     """`update` of the factors of several groups of layers; pairs of all that have one are taken in together.
 
     Args:
-        factors, statistics, where: as for `update`.
+        factors, statistics, where: as for `update`; each `where` is `[B]`, or one for all.
         probes: `probe` of the factors that have one, where it is known already.
     """
     pairs, inverses, keep = [], [], []
@@ -240,7 +240,7 @@ class ExactActivationFactor(ActivationFactor):
     def update(
         self, statistics: Statistics, where: Tensor = EVERYWHERE, decay: float = DECAY, probe: Tensor | None = None
     ) -> None:
-        """Invert, where `where` holds and the result is finite."""
+        """Invert, where `where` `[B]` holds and the result is finite."""
         H = self.inverse.H
         A = statistics.second_moment().to(H.dtype) if self.A is None else self.A
         where = where & (torch.linalg.vector_norm(A, torch.inf, dim=(-2, -1)) < torch.inf)
@@ -300,6 +300,7 @@ class DiagonalActivationFactor:
         self._take(statistics.diagonal(), where, decay)
 
     def _take(self, d: Tensor, where: Tensor, decay: float) -> Tensor:
+        """The running diagonal, from `d` `[B, d_in]`, where `where` `[B]` holds and it is finite; returns where."""
         d = d.to(self.d.dtype)
         where = where & (torch.linalg.vector_norm(d, torch.inf, dim=-1) < torch.inf)
         self.d.lerp_(torch.where(where.reshape(-1, 1), d, self.d), 1.0 - decay)

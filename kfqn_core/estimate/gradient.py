@@ -27,7 +27,7 @@ class GradientFactor:
     """`H_g` of layers of one shape at once; `B` counts the groups of all of them.
 
     Args:
-        sizes: `groups` and `d_out` of the layer.
+        sizes: `groups`, of all layers together (B), and `d_out`.
         damping: `lambda_G`, the `mu2` of the second damping: a number, or one for each of the `B` rows; it may be
             changed between updates.
         memory: number of pairs of the limited-memory form, or `None` for a dense matrix.

@@ -49,15 +49,15 @@ class LowRankActivationFactor:
     `diag(e) - B B^T` with `e` the inverse of the diagonal part.
 
     Args:
-        sizes: `groups` and `d_in` of the layer.
+        sizes: `groups`, of all layers together (B), and `d_in`.
         damping: `lambda_A`; it may be changed between updates.
         rank: number of columns of `F`.
 
     Attributes:
-        F: `[groups, d_in, rank]`.
-        d: `[groups, d_in]`, running diagonal of `A`.
-        B: `[groups, d_in, rank]`.
-        e: `[groups, d_in]`; `H_a = diag(e) - B B^T`, the identity until `start`.
+        F: `[B, d_in, rank]`.
+        d: `[B, d_in]`, running diagonal of `A`.
+        B: `[B, d_in, rank]`.
+        e: `[B, d_in]`; `H_a = diag(e) - B B^T`, the identity until `start`.
     """
 
     every_step = False
@@ -74,7 +74,7 @@ class LowRankActivationFactor:
 
     @property
     def H(self) -> Tensor:
-        """`H_a` as a matrix, `[groups, d_in, d_in]`: for inspection and tests."""
+        """`H_a` as a matrix, `[B, d_in, d_in]`: for inspection and tests."""
         return torch.diag_embed(self.e) - self.B @ self.B.mT
 
     def tensors(self) -> dict[str, Tensor]:
@@ -86,7 +86,7 @@ class LowRankActivationFactor:
         return self._start(statistics.activation_action, statistics.diagonal(), where)
 
     def start_from(self, A: Tensor, where: Tensor = EVERYWHERE) -> Tensor:
-        """From a formed `A` `[groups, d_in, d_in]`."""
+        """From a formed `A` `[B, d_in, d_in]`."""
         return self._start(lambda V: A.to(V.dtype) @ V, A.diagonal(dim1=-2, dim2=-1), where)
 
     def _start(self, action: Callable[[Tensor], Tensor], diagonal: Tensor, where: Tensor) -> Tensor:
@@ -123,12 +123,12 @@ class LowRankActivationFactor:
         return where
 
     def precondition(self, M: Columns, *, out: Tensor | None = None) -> Tensor:
-        """`M H_a = M diag(e) - (M B) B^T`, two products with a thin matrix; `[groups, d_out, d_in]`."""
+        """`M H_a = M diag(e) - (M B) B^T`, two products with a thin matrix; `[B, d_out, d_in]`."""
         joined = Columns(M.joined(), None)
         return joined.scaled(self.e, out=out).baddbmm_(joined.times(self.B), self.B.mT, alpha=-1)
 
     def probe(self, statistics: Statistics) -> Tensor:
-        """Along what an update asks for the action of `A`, `[groups, d_in, rank]`: an orthonormal basis of the columns
+        """Along what an update asks for the action of `A`, `[B, d_in, rank]`: an orthonormal basis of the columns
         of `F`, completed by waves where `F` has fewer than `rank` directions. The mini-batch has no part in it.
 
         Inputs may have had no part yet in as many directions. Without the waves rounding errors would choose new ones.
@@ -141,7 +141,9 @@ class LowRankActivationFactor:
         return torch.linalg.qr(torch.addcmul(self.F, waves, size, value=COMPLETION / n**0.5)).Q
 
     def _invert(self, where: Tensor) -> None:
-        """Woodbury: `(E^-1 + F F^T)^-1 = E - E F (I + F^T E F)^-1 F^T E` with `E = diag(e)`."""
+        """Woodbury's formula (chapter 6), where `where` `[B]` holds: with `E = diag(e)`,
+        `(E^-1 + F F^T)^-1 = E - E F (I + F^T E F)^-1 F^T E`.
+        """
         e = torch.reciprocal((self.d - torch.linalg.vecdot(self.F, self.F)).clamp_min(0.0) + self.damping)
         EF = e[..., None] * self.F
         core = self.F.mT @ EF

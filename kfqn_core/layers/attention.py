@@ -83,11 +83,11 @@ class InProjectionView(LayerView):
 
     def sum_output(self, h: Tensor) -> Tensor:
         check_rows(h, 3 * self.d_out, "output")
-        return h.reshape(-1, 3, self.d_out).sum(0, dtype=dtype_of_sums(h))
+        return h.reshape(-1, 3, self.d_out).sum(0, dtype=dtype_of_sums(h))  # [N, ..., 3 E] -> [N T, 3, E] -> [3, E]
 
     def mean_input(self, x: Tensor) -> Tensor:
         rows = self._rows(x)
-        mean = rows.mean(1, dtype=dtype_of_sums(x)).expand(3, -1)
+        mean = rows.mean(1, dtype=dtype_of_sums(x)).expand(3, -1)  # [1 or 3, E] -> [3, E]
         if rows.shape[-1] == self.features and self.has_bias:
             return pad(mean, (0, 1), value=1.0)
         return mean[:, : self.d_in].contiguous()
@@ -98,7 +98,7 @@ class InProjectionView(LayerView):
         rows, V = self._rows(x).to(dtype), v.reshape(3, self.d_in, -1).to(dtype) / x.shape[0]
         k = V.shape[-1]
         if len(rows) == 1:  # one input for three groups: their vectors side by side, in one product
-            V = V.transpose(0, 1).reshape(1, self.d_in, 3 * k)
+            V = V.transpose(0, 1).reshape(1, self.d_in, 3 * k)  # [3, d_in, k] -> [1, d_in, 3 k]
         if rows.shape[-1] == self.features and self.has_bias:
             scores = rows @ V[:, :-1] + V[:, -1:]
             total = torch.cat([rows.mT @ scores, scores.sum(1, keepdim=True)], dim=1)
@@ -106,7 +106,7 @@ class InProjectionView(LayerView):
             rows = rows[..., : self.d_in]
             total = rows.mT @ (rows @ V)
         if len(rows) == 1:
-            total = total.reshape(self.d_in, 3, k).transpose(0, 1)
+            total = total.reshape(self.d_in, 3, k).transpose(0, 1)  # [1, d_in, 3 k] -> [3, d_in, k]
         return total.reshape(v.shape)
 
     def _rows(self, x: Tensor) -> Tensor:

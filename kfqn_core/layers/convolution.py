@@ -61,11 +61,13 @@ class ConvView(LayerView):
 
     def outputs(self, h: Tensor) -> Tensor:
         self._check_images(h, self.groups * self.d_out, [1] * len(self.kernel), "output")
+        # [N, groups d_out, *T] -> [N, groups, d_out, T] -> [N, groups, T, d_out]
         return h.flatten(2).unflatten(1, (self.groups, self.d_out)).transpose(2, 3)
 
     def sum_output(self, h: Tensor) -> Tensor:
         self._check_images(h, self.groups * self.d_out, [1] * len(self.kernel), "output")
         # Locations first: they usually lie side by side, and one sum over both axes reads memory at half the speed.
+        # [N, groups d_out, *T] -> [N, groups d_out] -> [groups, d_out]
         return h.flatten(2).sum(-1, dtype=dtype_of_sums(h)).sum(0).reshape(self.groups, self.d_out)
 
     def mean_input(self, x: Tensor) -> Tensor:
@@ -76,18 +78,18 @@ class ConvView(LayerView):
         # Padding and patches are linear in x: the mean over samples comes first, and one sample is convolved.
         mean = x.mean(0, keepdim=True, dtype=dtype_of_sums(x))
         ones = mean.new_ones(1, self.groups, *self._grid(x))
-        total = self._weight_gradient(self._padded(mean), ones)[..., 0] / T
+        total = self.weight_gradient(self._padded(mean), ones)[..., 0] / T
         return pad(total, (0, 1), value=1.0) if self.has_bias else total
 
     def activation_action(self, x: Tensor, v: Tensor) -> Tensor:
         self.check_vectors(v)
         self._check_images(x, self._channels, self._smallest, "input")
         dtype = torch.promote_types(dtype_of_sums(x), v.dtype)
-        V = v.reshape(self.groups, self.d_in, -1).to(dtype)
+        V = v.reshape(self.groups, self.d_in, -1).to(dtype)  # [groups, d_in, k]
         V, bias = (V[:, :-1], V[:, -1].flatten()) if self.has_bias else (V, None)
         scores, total = self._scores_and_total(x.to(dtype), V, bias)
         if self.has_bias:
-            sums = scores.flatten(2).sum(dim=(0, 2)).reshape(self.groups, 1, -1)
+            sums = scores.flatten(2).sum(dim=(0, 2)).reshape(self.groups, 1, -1)  # [N, groups k, T] -> [groups, 1, k]
             total = torch.cat([total, sums], dim=1)
         return (total / x.shape[0]).reshape(v.shape)
 
@@ -109,7 +111,7 @@ class ConvView(LayerView):
         filters = V.mT.reshape(-1, *self.weight_shape[1:])
         zeros = [0] * len(self.kernel)
         scores = torch.convolution(x, filters, bias, self.stride, zeros, self.dilation, False, zeros, self.groups)
-        return scores, self._weight_gradient(x, scores)
+        return scores, self.weight_gradient(x, scores)
 
     def _pixels(self, x: Tensor) -> Tensor:
         """The pixels that a kernel of one position meets, `[N, groups, C, T]`."""
@@ -146,16 +148,19 @@ class ConvView(LayerView):
         back = pad(back, [-side for side in outside]).reshape(N, self.groups, K, -1)
         return scores, (back @ pixels.mT).sum(0).mT.reshape(self.groups, -1, 1)
 
-    def _weight_gradient(self, x: Tensor, scores: Tensor) -> Tensor:
-        """Sum over samples and locations of patch times score, `[groups, d_in without bias, k]`."""
+    def weight_gradient(self, x: Tensor, scores: Tensor) -> Tensor:
+        """Sum over samples and locations of patch times score, `[groups, d_in without bias, k]` (chapter 4).
+
+        Args:
+            x: the padded input, `[N, C, *spatial]`.
+            scores: of k filters for each group, `[N, groups * k, *T]`.
+        """
         zeros = [0] * len(self.kernel)
         geometry = (self.stride, zeros, self.dilation, False, zeros, self.groups)
         filters = x.new_empty(scores.shape[1], *self.weight_shape[1:])
         needed = [False, True, False]  # not the gradients of the input and of the bias
-        _, gradient, _ = torch.ops.aten.convolution_backward(
-            scores, x, filters, None, *geometry, needed
-        )  # fmt: skip
-        return gradient.reshape(self.groups, scores.shape[1] // self.groups, -1).mT
+        _, gradient, _ = torch.ops.aten.convolution_backward(scores, x, filters, None, *geometry, needed)
+        return gradient.reshape(self.groups, scores.shape[1] // self.groups, -1).mT  # [groups, k, d] -> [groups, d, k]
 
     def _grid(self, x: Tensor) -> list[int]:
         """Locations along each axis; their product is T."""

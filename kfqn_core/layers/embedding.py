@@ -69,7 +69,7 @@ class EmbeddingView(LayerView):
 
     def sum_output(self, h: Tensor) -> Tensor:
         check_rows(h, self.d_out, "output")
-        return h.reshape(-1, self.d_out).sum(0, keepdim=True, dtype=dtype_of_sums(h))
+        return h.reshape(-1, self.d_out).sum(0, keepdim=True, dtype=dtype_of_sums(h))  # [N T, d_out] -> [1, d_out]
 
     def mean_input(self, x: Tensor) -> Tensor:
         """The frequencies of the indices, `[1, V]`; zero for padding."""
@@ -87,7 +87,7 @@ class EmbeddingView(LayerView):
     def activation_action(self, x: Tensor, v: Tensor) -> Tensor:
         self.check_vectors(v)
         diagonal = self.diagonal(x)
-        return diagonal.reshape(*diagonal.shape, *[1] * (v.dim() - 2)) * v
+        return diagonal.reshape(*diagonal.shape, *[1] * (v.dim() - 2)) * v  # [1, V] or [1, V, 1], for k vectors
 
     def diagonal(self, x: Tensor) -> Tensor:
         return self.locations(x) * self.mean_input(x)  # the square of 1 is 1

@@ -61,7 +61,7 @@ class ExpertsView(LayerView):
 
     def sum_output(self, h: Tensor) -> Tensor:
         self._check_outputs(h)
-        return h.reshape(-1, self.groups, self.d_out).sum(0, dtype=dtype_of_sums(h))
+        return h.reshape(-1, self.groups, self.d_out).sum(0, dtype=dtype_of_sums(h))  # [N T, E, d_out] -> [E, d_out]
 
     def mean_input(self, x: Tensor) -> Tensor:
         rows, mask = self._rows(x.to(dtype_of_sums(x)))

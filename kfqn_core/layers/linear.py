@@ -29,7 +29,7 @@ class LinearView(LayerView):
     def of(cls, weight: Tensor, *, has_bias: bool) -> LinearView:
         """The view of a matrix that is not a layer by itself."""
         new = cls.__new__(cls)
-        new._set_sizes(weight, has_bias)
+        cls._set_sizes(new, weight, has_bias)
         return new
 
     def _set_sizes(self, weight: Tensor, has_bias: bool) -> None:
@@ -54,11 +54,11 @@ class LinearView(LayerView):
 
     def sum_output(self, h: Tensor) -> Tensor:
         check_rows(h, self.d_out, "output")
-        return h.reshape(-1, self.d_out).sum(0, keepdim=True, dtype=dtype_of_sums(h))
+        return h.reshape(-1, self.d_out).sum(0, keepdim=True, dtype=dtype_of_sums(h))  # [N T, d_out] -> [1, d_out]
 
     def mean_input(self, x: Tensor) -> Tensor:
         check_rows(x, self.features, "input")
-        mean = x.reshape(-1, x.shape[-1]).mean(0, keepdim=True, dtype=dtype_of_sums(x))
+        mean = x.reshape(-1, x.shape[-1]).mean(0, keepdim=True, dtype=dtype_of_sums(x))  # [N T, d] -> [1, d]
         return pad(mean, (0, 1), value=1.0) if self.has_bias else mean
 
     def activation_action(self, x: Tensor, v: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class LinearView(LayerView):
         check_rows(x, self.features, "input")
         samples = x.shape[0]
         dtype = torch.promote_types(dtype_of_sums(x), v.dtype)
-        rows, V = x.reshape(-1, x.shape[-1]).to(dtype), v.reshape(self.d_in, -1).to(dtype)
+        rows, V = x.reshape(-1, x.shape[-1]).to(dtype), v.reshape(self.d_in, -1).to(dtype)  # [N T, d], [d_in, k]
         # The trailing 1 of every a, without a copy of the batch that carries it: it adds V's last row to each a . v and
         # collects their sum.
         if self.has_bias:

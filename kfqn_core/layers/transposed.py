@@ -52,6 +52,10 @@ class TransposedConvView(ConvView):
         extra = self._grid_of([1] * len(self.kernel))
         self._smallest = [max(1, 1 - (e - 1) // s) for e, s in zip(extra, self.stride, strict=True)]
 
+    def has_default_size(self, x: Tensor, h: Tensor) -> bool:
+        """Whether `h` `[N, C_out, *spatial]` is as large as the layer's own output padding makes it of `x`."""
+        return self._grid(x) == list(h.shape[2:])
+
     def inputs(self, x: Tensor) -> Tensor:
         self._check_images(x, self._channels, self._smallest, "input")
         rank = len(self.kernel)
@@ -82,9 +86,10 @@ class TransposedConvView(ConvView):
         scores = torch.convolution(
             x, filters, bias, self.stride, self._crop, self.dilation, True, self._more, self.groups
         )  # [N, groups * k, *T]
-        return scores, self._weight_gradient(x, scores)
+        return scores, self.weight_gradient(x, scores)
 
-    def _weight_gradient(self, x: Tensor, scores: Tensor) -> Tensor:
+    def weight_gradient(self, x: Tensor, scores: Tensor) -> Tensor:
+        """As for convolutions; `x` comes as it is, since nothing is padded."""
         k = scores.shape[1] // self.groups
         filters = x.new_empty(self._channels, k, *self.kernel)
         geometry = (self.stride, self._crop, self.dilation, True, self._more, self.groups)
@@ -118,5 +123,4 @@ def call_of_default_size(module: nn.Module, args: tuple[Any, ...], kwargs: dict[
         return call
     assert isinstance(call.x, Tensor)
     view = TransposedConvView(module)  # type: ignore[arg-type]
-    x, h = view.batched(call.x), view.batched(call.h)
-    return call if view._grid(x) == list(h.shape[2:]) else None
+    return call if view.has_default_size(view.batched(call.x), view.batched(call.h)) else None

@@ -37,23 +37,32 @@ def pair_ratios(H_y: Tensor, s: Tensor, y: Tensor) -> Ratios:
 
 
 def powell_bounds(low: Number, mu1: float) -> Ratios:
-    """Bounds after `powell_on_inverse`, for an `H` with smallest eigenvalue `low`. Nothing bounds `r1`."""
+    """Bounds after `powell_on_inverse`, for an `H` with smallest eigenvalue `low`. Nothing bounds `r1`.
+
+    Source: derived in chapter 7.
+    """
     return Ratios(math.inf, 1 / mu1, 1 / (low * mu1))
 
 
 def double_damping_bounds(low: Number, high: Number, mu1: float, mu2: float) -> Ratios:
-    """Bounds after `double_damping`, for an `H` with eigenvalues in `[low, high]`."""
+    """Bounds after `double_damping`, for an `H` with eigenvalues in `[low, high]`. Source: derived in chapter 7."""
     r2 = (mu1**-0.5 + (mu2 * high) ** 0.5) ** 2
     return Ratios(1 / mu2, r2, ((low * mu1) ** -0.5 + mu2**0.5) ** 2)
 
 
 def levenberg_marquardt_bounds(low: Number, high: Number, mu1: float, mu2: float) -> Ratios:
-    """Bounds after `powell_on_inverse` and then `levenberg_marquardt`, for an `H` with eigenvalues in `[low, high]`."""
+    """Bounds after `powell_on_inverse` and then `levenberg_marquardt`, for an `H` with eigenvalues in `[low, high]`.
+
+    Source: derived in chapter 7.
+    """
     return Ratios(1 / mu2, 1 / mu1 + mu2 * high, 1 / (low * mu1) + mu2)
 
 
 def update_bounds(low: Number, high: Number, ratios: Ratios) -> tuple[Number, Number]:
-    """Lower and upper bound of the eigenvalues after one BFGS update of an `H` with eigenvalues in `[low, high]`."""
+    """Lower and upper bound of the eigenvalues after one BFGS update of an `H` with eigenvalues in `[low, high]`.
+
+    Source: derived in chapter 7.
+    """
     r1, r2, r3 = ratios
     return 1 / (1 / low + r3), (high**0.5 + (r1 * r2) ** 0.5) ** 2 + r1
 
@@ -89,7 +98,7 @@ def limited_memory_bounds(gamma: float, memory: int, c1: float, c2: float) -> tu
 def permitted_step(L: float, high: float) -> float:
     """The longest step length that the theorem covers, `1 / (L high)`.
 
-    Raises ValueError unless both are positive and finite.
+    Raises ValueError unless both are positive and finite. Source: derived in chapter 10.
     """
     _check_positive(L=L, high=high)
     return 1 / (L * high)
@@ -102,7 +111,7 @@ def gradient_bound(steps: Sequence[float], *, gap: float, L: float, low: float, 
     `(2 gap + L high^2 variance sum alpha^2) / (low sum alpha)`. It holds for the smallest of the squared norms, too.
 
     Raises ValueError if there is no step, if one is not positive or longer than `permitted_step`, or if a constant is
-    out of range.
+    out of range. Source: derived in chapter 10.
     """
     _check_positive(L=L, low=low, high=high)
     if not (math.isfinite(gap) and gap >= 0 and math.isfinite(variance) and variance >= 0):

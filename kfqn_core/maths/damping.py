@@ -49,7 +49,8 @@ def powell_on_identity(s: Tensor, y: Tensor, mu2: float) -> tuple[Tensor, Tensor
 def levenberg_marquardt(s: Tensor, y: Tensor, mu2: float) -> tuple[Tensor, Tensor]:
     """Add `mu2` I to the Hessian that the pair measures: `y + mu2 s`, always, for any `mu2 > 0`.
 
-    It raises `s^T y` by `mu2 |s|^2` and so makes it positive only where `s^T y > -mu2 |s|^2`.
+    It raises `s^T y` by `mu2 |s|^2` and so makes it positive only where `s^T y > -mu2 |s|^2` (D_LM of Ren, Bahamou &
+    Goldfarb 2021; chapter 7).
     """
     check_vectors(s=s, y=y)
     if not isinstance(mu2, (int, float)):

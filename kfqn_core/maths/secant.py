@@ -220,7 +220,7 @@ class LimitedMemoryInverse:
 
 
 def _rank_two(Hy: Tensor, s: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """`l`, `r` with `H+ = H + l r^T + r l^T`."""
+    """`l`, `r` `[..., n]` with `H+ = H + l r^T + r l^T` (chapter 2); `Hy` is `H y`."""
     sy = torch.linalg.vecdot(s, y).unsqueeze(-1)
     yHy = torch.linalg.vecdot(y, Hy).unsqueeze(-1)
     # rho appears once in each factor, never squared: rho^2 y^T H y overflows long before H+ does.

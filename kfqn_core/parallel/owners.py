@@ -62,7 +62,7 @@ def fetch(ranks: Ranks, owners: Sequence[int], values: Sequence[Tensor], like: T
     totals = [sum(size for size, owner in zip(sizes, owners, strict=True) if owner == q) for q in range(ranks.size)]
     own = [value.reshape(-1) for value, owner in zip(values, owners, strict=True) if owner == ranks.rank]
     filling = like.new_zeros(max(totals) - totals[ranks.rank])
-    message = like.new_empty(ranks.size * max(totals))
+    message = like.new_empty(ranks.size * max(totals))  # of rank 0, then of rank 1, ..., filled up to the longest
     with all_answering():
         all_gather()(message, torch.cat([*own, filling]), group=ranks.group)
     places = [q * max(totals) for q in range(ranks.size)]

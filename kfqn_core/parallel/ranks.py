@@ -3,8 +3,9 @@
 `DistributedDataParallel` averages the gradients. The copies of the model stay equal only if everything else that makes
 a step is equal too. The optimizer keeps functions of means over the mini-batch (`A`, `A v`, and the means of `a`, `h`
 and `g`), and the mean over ranks of the means over equal parts is the mean over the whole: every such mean is averaged
-before it is used, `O(d)` numbers per layer and update, or `d_in^2` where `A` itself is kept or started. They travel
-together (`Ranks.sums`): the time of a small message does not depend on its size. Derived and counted in chapter 12.
+before it is used, `O(d)` numbers per layer and update, or `d_in^2` where `A` itself is kept, started or inverted. They
+travel together (`Ranks.sums`): the time of a small message does not depend on its size. Derived and counted in
+chapter 12.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ class Ranks:
         for i, value in enumerate(values):
             alike.setdefault((value.device, value.dtype), []).append(i)
         for places in alike.values():
-            message = torch.cat([values[i].reshape(-1) for i in places])
+            message = torch.cat([values[i].reshape(-1) for i in places])  # [numbers of all of them]
             self._all_reduce(message)
             for i, part in zip(places, message.split([values[i].numel() for i in places]), strict=True):
                 totals[i] = part.view(values[i].shape)

@@ -57,7 +57,7 @@ def own_rows(p: Any, whole: Tensor) -> Tensor:
 
 
 def padded(shard: Any) -> Tensor:
-    """What this process has of a shard, flat, with zeros up to the size of the largest part."""
+    """What this process has of a shard, flat `[padded_numel]`, with zeros up to the size of the largest part."""
     own = local(shard).reshape(-1)
     return pad(own, (0, padded_numel(shard) - own.numel()))
 
@@ -78,6 +78,7 @@ def gather(shards: Sequence[Any], flat: Tensor) -> list[Tensor]:
     message = flat.new_empty(mesh.size() * flat.numel())
     with all_answering():
         all_gather()(message, flat, group=mesh.get_group())
+    # [processes, numbers of all shards] -> [processes, numbers of one] -> [rows, ...], of which the last are filling
     pieces = message.view(mesh.size(), -1).split([padded_numel(shard) for shard in shards], dim=1)
     return [
         piece.reshape(-1, *shard.shape[1:])[: shard.shape[0]] for piece, shard in zip(pieces, shards, strict=True)

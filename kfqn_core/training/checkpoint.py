@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,23 @@ if TYPE_CHECKING:
 
 COUNTERS = ("steps", "skipped_steps", "warm_started")
 SHARE = "step_share"  # of a guarded step; older states say nothing of it
+
+
+@dataclass
+class History:
+    """What an optimizer has been through, as far as its plan and the updates of curvature depend on it.
+
+    Attributes:
+        steps: taken or skipped.
+        warm_started: whether every `A` was estimated before the first of them.
+        refused: names of the layers that were left to the fallback.
+        anew: whether what was seen since the last step may be gone with the plan that saw it.
+    """
+
+    steps: int = 0
+    warm_started: bool = False
+    refused: frozenset[str] = frozenset()
+    anew: bool = False
 
 
 class States(defaultdict[Tensor, Any]):
@@ -57,7 +75,7 @@ def states(optimizer: KFQN) -> defaultdict[Tensor, Any]:
     state = States(optimizer)
     if optimizer.plan is None:
         return state
-    optimizer._follow_model()
+    optimizer.follow_model()
     plan, fallback = optimizer.plan, optimizer.fallback
     for group, _ in plan.groups:
         for i, layer in enumerate(group.layers):
@@ -82,23 +100,23 @@ def begin_anew(optimizer: KFQN, state: Any) -> None:
         )
     optimizer.plan.hooks.remove()
     optimizer.fallback = Fallback(by_adam=optimizer.fallback.by_adam)
-    optimizer.plan, optimizer._refused = None, frozenset()  # type: ignore[assignment]
-    optimizer._steps, optimizer._warm_started, optimizer._anew = 0, False, True
-    optimizer._make_plan()
+    optimizer.plan, optimizer.history = None, History(anew=True)  # type: ignore[assignment]
+    optimizer.make_plan()
 
 
 def write_counters(optimizer: KFQN) -> None:
     """Into the parameter groups, where a saved state has them."""
-    counters = optimizer._steps, optimizer.skipped_steps, optimizer._warm_started
+    counters = optimizer.history.steps, optimizer.skipped_steps, optimizer.history.warm_started
     for group in optimizer.param_groups:
-        group.update({**dict(zip(COUNTERS, counters, strict=True)), SHARE: optimizer._pairs.share})
+        group.update({**dict(zip(COUNTERS, counters, strict=True)), SHARE: optimizer.pairs.share})
 
 
 def read_counters(optimizer: KFQN, counters: tuple[Any, ...]) -> None:
     """Go on from counters as `unpacked` returns them."""
-    optimizer._steps, skipped, optimizer._warm_started, optimizer._pairs.share = counters
-    optimizer._skips.counts.copy_(torch.tensor([skipped, 0], device="cpu"))
-    optimizer._anew = True
+    history = optimizer.history
+    history.steps, skipped, history.warm_started, optimizer.pairs.share = counters
+    optimizer.skips.counts.copy_(torch.tensor([skipped, 0], device="cpu"))
+    history.anew = True
     optimizer.plan.watch_all()  # the first pass also tells which ranks there are
 
 
@@ -160,21 +178,22 @@ def adopt_history(optimizer: KFQN, saved: Mapping[Any, Mapping[str, Tensor]]) ->
     Raises:
         ValueError: if the state does not fit; the optimizer is then as it was.
     """
-    before = optimizer.plan, optimizer._refused
+    history = optimizer.history
+    before = optimizer.plan, history.refused
     try:
         with _trainable(p for p, state in saved.items() if state):
-            optimizer._refused = frozenset()
-            optimizer._make_plan()
+            history.refused = frozenset()
+            optimizer.make_plan()
             plan = optimizer.plan
             kinds, left = forms(plan, saved)
             plan.kinds |= kinds
             plan.moved |= {name for name in plan.places if saved[plan.layer(name).weight]} - left
-            optimizer._refused = frozenset(left)
-            optimizer._make_plan()
+            history.refused = frozenset(left)
+            optimizer.make_plan()
             check(optimizer.plan, optimizer.fallback, saved)
     except Exception:  # of whatever kind, where an entry is broken
-        optimizer.plan, optimizer._refused = before
-        optimizer._make_plan()
+        optimizer.plan, history.refused = before
+        optimizer.make_plan()
         raise
 
 

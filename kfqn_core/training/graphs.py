@@ -57,12 +57,12 @@ class CapturedStep:
             raise ValueError(
                 f"a CUDA graph needs all layers on one CUDA device, and they are on {found}: move the model"
             )
-        if optimizer._options.pairs == "second_pass":
+        if optimizer.plan.options.pairs == "second_pass":
             raise ValueError(
                 'pairs="second_pass" saves and restores random states on the host, which a CUDA graph cannot hold: '
                 'call optimizer.step(closure), or use pairs=None or "next_batch"'
             )
-        if not optimizer._ranks.alone or optimizer.plan.sharded:
+        if not optimizer.ranks.alone or optimizer.plan.sharded:
             raise ValueError("a step of several processes is not captured: call optimizer.step(closure)")
         self._optimizer, self._closure = optimizer, closure
         self._device = next(iter(devices))
@@ -90,9 +90,9 @@ class CapturedStep:
             return self._eagerly()
         self._require_unchanged()
         optimizer = self._optimizer
-        updates = refreshes(optimizer._steps, optimizer._options.refresh)
+        updates = refreshes(optimizer.history.steps, optimizer.plan.options.refresh)
         if updates not in self._graphs:
-            self._graphs[updates] = self._recorded()
+            self._graphs[updates] = self._recorded(updates)
             self._graphs[updates][0].replay()
         else:
             self._graphs[updates][0].replay()
@@ -108,13 +108,11 @@ class CapturedStep:
         current.wait_stream(self._stream)
         return loss
 
-    def _recorded(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """The graph of the step that comes next, and where it writes the loss."""
+    def _recorded(self, updates: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """The graph of the step that comes next, one that `updates` curvature or not, and where it writes the loss."""
         optimizer = self._optimizer
         torch.cuda.synchronize(self._device)  # once: what was asked of the device is known now
-        optimizer.plan.watch(
-            refreshes(optimizer._steps, optimizer._options.refresh), every_step=optimizer._pairs.every_step
-        )
+        optimizer.plan.watch(updates, every_step=optimizer.pairs.every_step)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             loss = optimizer.step(self._closure)

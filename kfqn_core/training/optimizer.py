@@ -1,7 +1,7 @@
 """KFQN: the Kronecker-factored quasi-Newton optimizer (chapter 8).
 
-Three strata: pure kernels (`maths`), the update of layers of one shape (`groups`), and here what owns the state and
-fixes the order of things. A layer `h = W a` moves along `D = H_g M H_a`, where `M` is the momentum of its gradient
+Three strata: pure kernels (`maths`), the state and the part of layers of one shape (`groups`, with `factors`), and here
+what fixes the order of things. A layer `h = W a` moves along `D = H_g M H_a`, where `M` is the momentum of its gradient
 matrix: `vec(D) = (H_a (x) H_g) vec(M)`.
 """
 
@@ -27,8 +27,7 @@ from kfqn_core.training.report import covered_share, judge_coverage, say_coverag
 from kfqn_core.training.rounds import first_round, second_round, seen, update
 from kfqn_core.training.warm_start import warm_start
 
-OWN = ("_options", "_model", "_whole", "_ranks", "fallback", "plan", "_refused", "_pairs", "_skips", "_steps",
-       "_warm_started", "_names", "_removed", "_anew")  # fmt: skip
+OWN = ("_options", "_model", "_whole", "ranks", "fallback", "plan", "history", "pairs", "skips", "_names", "_removed")
 
 
 class KFQN(torch.optim.Optimizer):
@@ -92,20 +91,18 @@ class KFQN(torch.optim.Optimizer):
         parameters.require_model(model)
         self._options = Options.of_keywords(method)
         self._model, self._whole = model, params is None
-        self._ranks = ranks_of(model, process_group, self._options)
+        self.ranks = ranks_of(model, process_group, self._options)
         self.fallback = Fallback(by_adam=self._options.step_length != "raw")
         self.plan: Plan = None  # type: ignore[assignment]
-        self._refused: frozenset[str] = frozenset()
-        self._steps, self._warm_started, self._removed = 0, False, False
-        self._anew = False  # whether what was seen since the last step may be gone with the plan that saw it
+        self.history, self._removed = checkpoint.History(), False
         defaults = {
             "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "fallback_lr": fallback_lr, "betas": betas,
             "decoupled_weight_decay": decoupled_weight_decay, "eps": eps, "curvature": True,
         }  # fmt: skip
         super().__init__(parameters.groups_of(model, params), defaults)
-        self._skips = Skips(self._device or parameters.device_of(self._params()))
-        self._pairs = source(self._options, model, self._params, self._ranks)
-        self._make_plan()
+        self.skips = Skips(self._device or parameters.device_of(self._params()))
+        self.pairs = source(self._options, model, self._params, self.ranks)
+        self.make_plan()
         judge_coverage(self.plan, self.fallback, model)
 
     @property
@@ -121,7 +118,7 @@ class KFQN(torch.optim.Optimizer):
     @property
     def skipped_steps(self) -> int:
         """Steps so far whose loss or gradient was not finite. Reading it waits for the device."""
-        return int(self._skips.counts[0])
+        return int(self.skips.counts[0])
 
     def __repr__(self) -> str:
         return f"KFQN: {summary(self.plan, self.fallback)}\n{super().__repr__()}"
@@ -156,12 +153,12 @@ class KFQN(torch.optim.Optimizer):
             ValueError: if `batches` is empty.
         """
         self._require_hooks()
-        if self._steps:
+        if self.history.steps:
             raise RuntimeError("warm_start comes before the first step; this optimizer has already stepped")
-        self._follow_model()
+        self.follow_model()
         with self.plan.no_autocast(), whole(self.plan.layer_groups):
-            warm_start(self._model, self.plan, self._ranks, batches)
-        self._warm_started = True
+            warm_start(self._model, self.plan, self.ranks, batches)
+        self.history.warm_started = True
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -171,20 +168,21 @@ class KFQN(torch.optim.Optimizer):
             RuntimeError: before anything moved: without a closure if `pairs="second_pass"`; if no layer was ever seen
                 in a forward; if a gradient is sparse; or if nobody said whether other processes train this model.
         """
-        refresh = refreshes(self._steps, self._options.refresh)
-        loss = self._pairs.evaluate(closure, refresh)
+        refresh = refreshes(self.history.steps, self._options.refresh)
+        loss = self.pairs.evaluate(closure, refresh)
         records = self.plan.hooks.pop()
         moving, elsewhere = self._prepare(records)
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         note_scale(self.plan, records, scale, found_inf)
-        finite, lengths = all_finite(moving, loss, scale, found_inf, self._skips.counts.device)
+        finite, lengths = all_finite(moving, loss, scale, found_inf, self.skips.counts.device)
         parameters.follow_peaks(self.param_groups)
-        groups, average = self.plan.layer_groups, self._steps > 0 or not self._warm_started  # that A sits one step out
+        groups, history = self.plan.layer_groups, self.history
+        average = history.steps > 0 or not history.warm_started  # that A sits one step out
 
         with self.plan.no_autocast():
             batches = seen(groups, records, elsewhere, average=average, refresh=refresh)
-            finite = first_round(self._ranks, [*batches.values(), *self._pairs.before(groups, records)], finite)
-            self._skips.count(finite)
+            finite = first_round(self.ranks, [*batches.values(), *self.pairs.before(groups, records)], finite)
+            self.skips.count(finite)
             for group, batch in batches.items():
                 group.observe(batch, finite.to(group.started.device), average=average, elsewhere=elsewhere)
             lengths = self.plan.whole_lengths(lengths)
@@ -193,10 +191,10 @@ class KFQN(torch.optim.Optimizer):
                 moves.move(self.param_groups, finite)  # D = H_g M H_a; W <- W - lr length(D)
             for params, settings in zip(self.plan.rest, self.param_groups, strict=True):
                 self.fallback.move([p for p in params if p.grad is not None], settings, finite)
-        pairs = self._pairs.after(groups, self.plan.hooks, records)
+        pairs = self.pairs.after(groups, self.plan.hooks, records)
         with self.plan.no_autocast():
-            probes = second_round(self._ranks, batches if refresh else {}, pairs)
-            self._pairs.learn(finite, refresh)  # H_g <- BFGS(H_g, pair)
+            probes = second_round(self.ranks, batches if refresh else {}, pairs)
+            self.pairs.learn(finite, refresh)  # H_g <- BFGS(H_g, pair)
             if refresh:
                 update(batches, finite, probes)  # H_a <- BFGS(H_a, pair)
         self.advance()
@@ -204,20 +202,20 @@ class KFQN(torch.optim.Optimizer):
 
     def advance(self) -> None:
         """A step was taken: look at what the next one needs, and say so if too many were skipped."""
-        self._steps += 1
-        self.plan.watch(refreshes(self._steps, self._options.refresh), every_step=self._pairs.every_step)
-        self._skips.warn(self._steps)
+        self.history.steps += 1
+        self.plan.watch(refreshes(self.history.steps, self._options.refresh), every_step=self.pairs.every_step)
+        self.skips.warn(self.history.steps)
 
     def _prepare(self, records: dict[str, Record]) -> tuple[list[nn.Parameter], set[str]]:
         """Whatever may fail, fails here. Returns parameters with a gradient, and names: see `Plan.survey`."""
         self._require_hooks()
-        if self._follow_model():
+        if self.follow_model():
             self.plan.adopt(records)
-        self._ranks.require_group()
+        self.ranks.require_group()
         unseen, elsewhere = self.plan.survey(records)
-        anew, self._anew = self._anew, False
+        anew, self.history.anew = self.history.anew, False
         if not anew and (unseen := self.plan.unexplained(unseen)):
-            say_unseen(self.plan, self.fallback, unseen, before=self._refused)
+            say_unseen(self.plan, self.fallback, unseen, before=self.history.refused)
             self.leave(unseen)
         parameters.refuse_sparse(moving := self.plan.moving())
         return moving, elsewhere
@@ -226,27 +224,28 @@ class KFQN(torch.optim.Optimizer):
         if self._removed:
             raise RuntimeError("the hooks of this optimizer were removed, so that it sees nothing: make a new KFQN")
 
-    def _follow_model(self) -> bool:
+    def follow_model(self) -> bool:
         """A new plan, if model or parameter groups have changed. Returns whether they had."""
         if self.plan.holds(self.param_groups):
             return False
         covered = covered_share(self.plan)
         for old, new in parameters.follow(self._model, self.param_groups, self._names, whole=self._whole):
             self.fallback.replace(old, new)
-        self._make_plan()
-        self._skips.follow(self._device or parameters.device_of(self._params()))
-        self._anew = True
+        self.make_plan()
+        self.skips.follow(self._device or parameters.device_of(self._params()))
+        self.history.anew = True
         say_coverage(self.plan, self.fallback, self._model, before=covered, stacklevel=7)
         return True
 
     def leave(self, names: Iterable[str]) -> None:
         """Leave layers to the fallback, by name."""
         if names := frozenset(names):
-            self._refused |= names
-            self._make_plan()
+            self.history.refused |= names
+            self.make_plan()
 
-    def _make_plan(self) -> None:
-        self.plan = Plan(self._model, self._options, self.param_groups, self._ranks, self.fallback, self._refused,
+    def make_plan(self) -> None:
+        """A plan for the model and the parameter groups as they are, to which goes along what was learnt."""
+        self.plan = Plan(self._model, self._options, self.param_groups, self.ranks, self.fallback, self.history.refused,
                          self.plan, self._device)  # fmt: skip
         self._names = dict(self._model.named_parameters())
 
@@ -255,7 +254,7 @@ class KFQN(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As `torch.optim.Optimizer.zero_grad`; what was seen of passes not stepped on is forgotten with them."""
-        if isinstance(self._pairs, SamePoint) and self._pairs.evaluating:
+        if isinstance(self.pairs, SamePoint) and self.pairs.evaluating:
             return  # the gradients of the first evaluation are still needed, and the second makes none
         super().zero_grad(set_to_none)
         self.plan.hooks.clear()
@@ -278,7 +277,7 @@ class KFQN(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with counters in groups; loads under `weights_only=True`. With `owners` every rank calls it."""
-        self._follow_model()  # before torch numbers the parameters
+        self.follow_model()  # before torch numbers the parameters
         checkpoint.write_counters(self)
         with whole(self.plan.layer_groups):
             return super().state_dict()
@@ -290,7 +289,7 @@ class KFQN(torch.optim.Optimizer):
         Raises:
             ValueError: if the state was saved by another optimizer, with other options, or for another model.
         """
-        self._follow_model()
+        self.follow_model()
         with checkpoint.changed_by_hooks(self, state_dict) as state_dict:
             saved, groups, counters = checkpoint.unpacked(state_dict, self.param_groups, self.defaults)
             checkpoint.adopt_history(self, saved)

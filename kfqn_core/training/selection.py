@@ -94,6 +94,7 @@ class Sizes(Protocol):
     groups: int
     d_in: int
     d_out: int
+    diagonal_only: bool
 
 
 def activation_factors(
@@ -116,7 +117,7 @@ def activation_factors(
     weights = sum(layer.groups * layer.d_out * layer.d_in for layer in layers)
     kinds = []
     for i, (layer, size) in enumerate(zip(layers, sizes, strict=True)):
-        if getattr(layer, "diagonal_only", False):
+        if layer.diagonal_only:
             kinds.append("diagonal")
         elif i in given:
             kinds.append(given[i])

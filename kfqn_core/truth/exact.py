@@ -29,7 +29,11 @@ from kfqn_core.truth.functional import (
     LayerParameters,
     LossFunction,
     check_batch,
+    check_distribution,
     check_mean_of_samples,
+    check_model,
+    check_predictions,
+    check_samples,
     check_size,
     forward,
     gauss_newton_product,
@@ -69,10 +73,17 @@ def network_hessian(
     The parameters stand in the order of `model.parameters()`, each flattened by `reshape(-1)` (row by row, as PyTorch
     stores it); `layer_hessian` and `cross_hessian` give its blocks in the layout of this book.
 
-    Raises ValueError if the loss is no scalar, x and y disagree, or the matrix exceeds `max_bytes`.
+    Raises ValueError if the loss is no scalar, x and y disagree or are empty, the model has no parameters, or the
+    matrix exceeds `max_bytes`; TypeError if something is no tensor, or the model no module.
     """
+    check_model(model)
     check_batch(x, y)
-    names, parameters = zip(*model.named_parameters(), strict=True)
+    named = dict(model.named_parameters())
+    if not named:
+        raise ValueError(
+            f"{type(model).__name__} has no parameters, so its loss has no Hessian in them; pass a model with a layer"
+        )
+    names, parameters = list(named), list(named.values())
     sizes = [p.numel() for p in parameters]
     check_size("the network's Hessian", sum(sizes), sum(sizes), parameters[0], max_bytes)
 
@@ -97,11 +108,12 @@ def layer_hessian(
     """Hessian of `loss_fn(model(x), y)` in one layer's `[W | b]`: the layer's diagonal block, `[n, n]`.
 
     Exact whatever the loss and however often the layer is called. Raises ValueError if the layer is not part of the
-    model, is never called, or the matrix exceeds `max_bytes`; UnsupportedLayer if the layer is no `h = W a`.
+    model, is never called, x and y disagree or are empty, or the matrix exceeds `max_bytes`; TypeError if something is
+    no tensor, or the model no module; UnsupportedLayer if the layer is no `h = W a`.
     """
+    check_batch(x, y)
     own = LayerParameters(model, layer)
     layer_calls(model, own, x)
-    check_batch(x, y)
     check_size(f"the Hessian of layer '{own.name}'", own.theta.numel(), own.theta.numel(), own.theta, max_bytes)
 
     def loss(theta: Tensor) -> Tensor:
@@ -125,12 +137,12 @@ def cross_hessian(
 
     Raises ValueError as `layer_hessian` does, and if both are the same layer.
     """
+    check_batch(x, y)
     rows, columns = LayerParameters(model, layer), LayerParameters(model, other)
     if rows.module is columns.module:
         raise ValueError(f"both layers are '{rows.name}'; use layer_hessian for the diagonal block")
     for own in (rows, columns):
         layer_calls(model, own, x)
-    check_batch(x, y)
     what = f"the block of layers '{rows.name}' and '{columns.name}'"
     check_size(what, rows.theta.numel(), columns.theta.numel(), rows.theta, max_bytes)
 
@@ -151,9 +163,10 @@ def cross_hessian(
 def layer_call(model: nn.Module, x: Tensor, layer: nn.Module | str) -> LayerCall:
     """The layer, its input and its output in `model(x)`, detached.
 
-    Raises ValueError if the layer is not part of the model, is never called, is called more than once, or does not show
-    its pre-activation; UnsupportedLayer if it is no `h = W a`.
+    Raises ValueError if x is empty, or the layer is not part of the model, is never called, is called more than once,
+    or does not show its pre-activation; TypeError if x is no tensor; UnsupportedLayer if it is no `h = W a`.
     """
+    check_samples(x)
     own = LayerParameters(model, layer)
     calls = layer_calls(model, own, x)
     if len(calls) > 1:
@@ -225,9 +238,9 @@ def layer_gauss_newton(
 
     Raises as `layer_hessian` does.
     """
+    check_batch(x, y)
     own = LayerParameters(model, layer)
     layer_calls(model, own, x)
-    check_batch(x, y)
     check_size(f"the Gauss-Newton matrix of '{own.name}'", own.theta.numel(), own.theta.numel(), own.theta, max_bytes)
 
     def outputs(theta: Tensor) -> Tensor:
@@ -256,15 +269,17 @@ def layer_fisher(
     `loss_fn` is minus the logarithm of that distribution, up to a constant. One observed target per sample with
     probability 1 gives what is called the empirical Fisher, another matrix.
 
-    Raises as `layer_hessian` does, and ValueError if the loss is not the mean of per-sample losses.
+    Raises as `layer_hessian` does, ValueError if the loss is not the mean of per-sample losses, and
+    TypeError/ValueError if the distribution returns something else.
     """
+    check_samples(x)
     own = LayerParameters(model, layer)
     layer_calls(model, own, x)
     check_size(f"the Fisher matrix of '{own.name}'", own.theta.numel(), own.theta.numel(), own.theta, max_bytes)
-    targets, probabilities = distribution(forward(model, {}, x))
-    for target in targets[:1]:
-        check_batch(x, target)
-        check_mean_of_samples(model, loss_fn, x, target)
+    predicted = distribution(forward(model, {}, x))
+    check_distribution(predicted, len(x))
+    targets, probabilities = predicted
+    check_mean_of_samples(model, loss_fn, x, targets[0])
 
     def sample_loss(theta: Tensor, x_i: Tensor, y_i: Tensor) -> Tensor:
         return scalar(loss_fn(forward(model, own.parameters(theta), x_i[None]), y_i[None]))
@@ -280,10 +295,9 @@ def layer_fisher(
 def categorical(z: Tensor) -> tuple[Tensor, Tensor]:
     """Every class with its softmax probability: targets `[K, N]`, probabilities `[K, N]` from logits `[N, K]`.
 
-    The distribution of `nn.CrossEntropyLoss()`.
+    The distribution of `nn.CrossEntropyLoss()`. Raises TypeError/ValueError unless z is `[N, K]`, real and not empty.
     """
-    if z.ndim != 2:
-        raise ValueError(f"logits have shape {tuple(z.shape)}, but [N, K] is needed")
+    check_predictions(z, "logits")
     samples, classes = z.shape
     return torch.arange(classes, device=z.device)[:, None].expand(classes, samples), z.softmax(dim=1).mT
 
@@ -292,10 +306,10 @@ def unit_gaussian(z: Tensor) -> tuple[Tensor, Tensor]:
     """`y ~ N(z, I)` by 2K points with its mean and covariance: targets `[2K, N, K]`, probabilities `[2K, N]`.
 
     The distribution of the loss `||z - y||^2 / 2`, summed over the K outputs. Its gradient is linear in y, so that
-    `E[g g^T]` needs only these two moments and the points give it exactly.
+    `E[g g^T]` needs only these two moments and the points give it exactly. Raises TypeError/ValueError unless z is
+    `[N, K]`, real and not empty.
     """
-    if z.ndim != 2:
-        raise ValueError(f"outputs have shape {tuple(z.shape)}, but [N, K] is needed")
+    check_predictions(z, "outputs")
     samples, K = z.shape
     points = K**0.5 * torch.eye(K, dtype=z.dtype, device=z.device)
     targets = z + torch.cat([points, -points])[:, None, :]
@@ -311,9 +325,10 @@ def _preactivation_curvature(
     max_bytes: int,
     product: Callable[..., Tensor],
 ) -> Tensor:
+    """The matrix of every sample in `h` of which `product` gives products with vectors, as `preactivation_hessians`."""
+    check_batch(x, y)
     module, _, h = layer_call(model, x, layer)
     layer_view = view(module)
-    check_batch(x, y)
     samples, size = h.shape[0], h[0].numel()
     check_size("the pre-activation Hessians of all samples", samples * size, size, h, max_bytes)
     check_mean_of_samples(model, loss_fn, x, y)
@@ -330,7 +345,7 @@ def _preactivation_curvature(
     columns = torch.vmap(lambda v: product(outputs, loss, zero, v.expand(samples, size)), chunk_size=CHUNK)(
         torch.eye(size, dtype=h.dtype, device=h.device)
     )
-    G = columns.permute(1, 2, 0)
+    G = columns.permute(1, 2, 0)  # [size, N, size] -> [N, size, size], the last axis that of the unit vectors
     # Where each (output, location) of the view stands in h flattened: the layer's memory layout is the view's business.
     place = torch.arange(size, dtype=torch.float64, device=h.device).reshape(1, *h.shape[1:])
     place = layer_view.outputs(place).permute(0, 1, 3, 2).reshape(-1, layer_view.outputs(h).shape[2]).long()

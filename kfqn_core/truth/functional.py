@@ -31,7 +31,12 @@ class LayerCall(NamedTuple):
 
 
 class LayerParameters:
-    """One layer's `[W | b]` as a vector, and back to the names under which the model holds them."""
+    """One layer's `[W | b]` as a vector, and back to the names under which the model holds them.
+
+    Attributes:
+        name, module, part, view: of the layer.
+        theta: `[n]` with `n = groups * d_in * d_out`, the columns of every group's matrix one after the other.
+    """
 
     def __init__(self, model: nn.Module, layer: nn.Module | str) -> None:
         self.name, self.module, self.part = find_part(model, layer)
@@ -43,6 +48,7 @@ class LayerParameters:
         self.theta = vec(self.view.to_matrix(weight, bias).detach()).reshape(-1)
 
     def parameters(self, theta: Tensor) -> dict[str, Tensor]:
+        """`theta` `[n]` as weight and bias, by their names in the model."""
         v = self.view
         weight, bias = v.from_matrix(unvec(theta.reshape(v.groups, -1), v.d_out))
         named = {f"{self._prefix}{self.part.weight}": weight}
@@ -56,6 +62,7 @@ def find_part(model: nn.Module, layer: nn.Module | str) -> tuple[str, nn.Module,
     Raises ValueError, with the names there are, if the model has no such layer or the module holds several;
     UnsupportedLayer if it is no `h = W a`.
     """
+    check_model(model)
     known: dict[str, tuple[str, nn.Module, Part]] = {}
     for module_name, module in model.named_modules():
         try:
@@ -145,7 +152,7 @@ def layer_calls(model: nn.Module, own: LayerParameters, x: Tensor) -> list[Layer
 def hessian_product(
     outputs: Callable[[Tensor], Tensor], loss: Callable[[Tensor], Tensor], point: Tensor, v: Tensor
 ) -> Tensor:
-    """`H v` at `point`, where H is the Hessian of `loss(outputs(.))`."""
+    """`H v` `[n]` at `point` `[n]`, where H is the Hessian of `loss(outputs(.))` (Pearlmutter 1994)."""
 
     def composed(at: Tensor) -> Tensor:
         return loss(outputs(at))
@@ -156,28 +163,53 @@ def hessian_product(
 def gauss_newton_product(
     outputs: Callable[[Tensor], Tensor], loss: Callable[[Tensor], Tensor], point: Tensor, v: Tensor
 ) -> Tensor:
-    """`J^T H_z J v` at `point`: J the Jacobian of `outputs`, H_z the Hessian of `loss` in the output."""
+    """`J^T H_z J v` `[n]` at `point` `[n]`: J the Jacobian of `outputs`, H_z the Hessian of `loss` in the output.
+
+    Source: Schraudolph (2002).
+    """
     z, dz = jvp(outputs, (point,), (v,))[:2]
     Hdz = jvp(grad(loss), (z,), (dz,))[1]
     return vjp(outputs, point)[1](Hdz)[0]
 
 
 def matrix_of(column: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
-    """The matrix whose j-th column is `column(e_j)`."""
+    """The matrix whose j-th column is `column(e_j)`, `[m, n]`, for a vector `like` `[n]`."""
     identity = torch.eye(like.numel(), dtype=like.dtype, device=like.device)
     return torch.vmap(column, out_dims=1, chunk_size=CHUNK)(identity)
 
 
 def scalar(loss: Tensor) -> Tensor:
-    """The loss itself; ValueError if it is not a scalar."""
+    """The loss itself, `[]`; TypeError if it is no tensor, ValueError if it is not a scalar."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss_fn returned a {type(loss).__name__}, but a scalar tensor is needed; leave out .item()")
     if loss.ndim:
         raise ValueError(f"loss_fn returned shape {tuple(loss.shape)}, but a scalar is needed; reduce it by a mean")
     return loss
 
 
+def check_model(model: nn.Module) -> None:
+    """TypeError unless it is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, but an nn.Module is needed; wrap the function in one")
+
+
+def check_samples(x: Tensor) -> None:
+    """TypeError unless x is a tensor, ValueError unless it is `[N, ...]` with at least one sample."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is a {type(x).__name__}, but a tensor [N, ...] is needed; convert it, torch.as_tensor(x)")
+    if x.ndim == 0 or len(x) == 0:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, but [N, ...] with at least one sample is needed; add a batch dimension, or "
+            "pass a mini-batch that is not empty"
+        )
+
+
 def check_batch(x: Tensor, y: Tensor) -> None:
-    """ValueError unless x and y have the same, positive number of samples."""
-    if x.ndim == 0 or y.ndim == 0 or len(x) == 0 or len(x) != len(y):
+    """TypeError unless x and y are tensors, ValueError unless they have the same, positive number of samples."""
+    check_samples(x)
+    if not isinstance(y, Tensor):
+        raise TypeError(f"y is a {type(y).__name__}, but a tensor [N, ...] is needed; convert it, torch.as_tensor(y)")
+    if y.ndim == 0 or len(x) != len(y):
         raise ValueError(
             f"x has shape {tuple(x.shape)} and y has shape {tuple(y.shape)}; both need the same, positive number of "
             "samples as their first dimension"
@@ -191,6 +223,34 @@ def check_size(what: str, rows: int, columns: int, like: Tensor, max_bytes: int)
         raise ValueError(
             f"{what} has {rows} x {columns} entries, {needed:,} bytes, and max_bytes is {max_bytes:,}; "
             "use a smaller network, smaller images or fewer samples, or raise max_bytes"
+        )
+
+
+def check_distribution(predicted: Any, samples: int) -> None:
+    """TypeError unless it is two tensors, ValueError unless they are `[K, N, ...]` and `[K, N]` for `samples` N."""
+    if not isinstance(predicted, tuple | list) or [isinstance(part, Tensor) for part in predicted] != [True, True]:
+        raise TypeError(
+            f"distribution returned a {type(predicted).__name__}, but a pair of tensors, targets and probabilities, is "
+            "needed; see categorical and unit_gaussian"
+        )
+    targets, probabilities = predicted
+    K = len(targets) if targets.ndim >= 2 else 0
+    if K == 0 or targets.shape[1] != samples or probabilities.shape != (K, samples):
+        raise ValueError(
+            f"distribution returned targets {tuple(targets.shape)} and probabilities {tuple(probabilities.shape)}, but "
+            f"[K, {samples}, ...] and [K, {samples}] with at least one target a sample are needed; K goes first"
+        )
+
+
+def check_predictions(z: Tensor, what: str) -> None:
+    """TypeError unless `z` is a real floating-point tensor, ValueError unless it is `[N, K]` and not empty."""
+    if not isinstance(z, Tensor) or not z.is_floating_point():
+        found = z.dtype if isinstance(z, Tensor) else type(z).__name__
+        raise TypeError(f"{what} must be a real floating-point tensor, not {found}; pass model(x)")
+    if z.ndim != 2 or z.numel() == 0:
+        raise ValueError(
+            f"{what} have shape {tuple(z.shape)}, but [N, K] is needed with at least one sample and one output; "
+            "flatten what is behind the samples, or write a distribution of your own"
         )
 
 

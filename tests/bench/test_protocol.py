@@ -161,7 +161,7 @@ def test_a_choice_is_the_best_of_three_seeds_among_the_best_three_of_one():
         looked.append((choice.lr, choice.schedule, seed))
         return valley(choice.lr, choice.schedule, seed)
 
-    found = choices(TASK, METHODS["kfqn"], 5, ensure)
+    found = choices(TASK, METHODS["kfqn"], ensure)
     kfqn = METHODS["kfqn"]
     assert found == {
         "tuned": Choice(kfqn, 0.1, "last fifth"),  # the cosine at 0.1 leads on seed 0 and falls behind on two others
@@ -171,7 +171,7 @@ def test_a_choice_is_the_best_of_three_seeds_among_the_best_three_of_one():
     }
     others = {(lr, schedule) for lr, schedule, seed in looked if seed and schedule != "constant"}
     assert others == {(0.1, "cosine"), (0.1, "last fifth"), (0.3, "cosine")}
-    assert choices(TASK, kfqn, 5, lambda choice, seed: None) is None
+    assert choices(TASK, kfqn, lambda choice, seed: None) is None
 
 
 def test_settings_are_tuned_with_the_rate():
@@ -183,7 +183,7 @@ def test_settings_are_tuned_with_the_rate():
         off = sum(choice.method.settings[name] != value for name, value in wanted.items())
         return valley(choice.lr, choice.schedule) + off
 
-    chosen = choices(TASK, kfac, 5, ensure)
+    chosen = choices(TASK, kfac, ensure)
     assert chosen.keys() == {"tuned", "constant"}
     for choice in chosen.values():
         assert {name: choice.method.settings[name] for name in wanted} == wanted
@@ -193,9 +193,7 @@ def test_what_is_judged_are_the_choices_on_fresh_seeds(tmp_path):
     results = Results("P2", tmp_path)
     list(contest(results).play())
     runs = results.find("run")
-    chosen = choices(
-        TASK, METHODS["kfqn"], 5, lambda choice, seed: score(choice.records(results, seed=seed, steps=5)[0])
-    )
+    chosen = choices(TASK, METHODS["kfqn"], lambda choice, seed: score(choice.records(results, seed=seed, steps=5)[0]))
     expected = {
         (choice.lr, choice.schedule, seed, steps)
         for name, choice in chosen.items() for seed in (10, 11) for steps in (5, 10)

@@ -17,7 +17,7 @@ from torch import nn
 
 from benchmarks.costs import described_bytes
 from benchmarks.counting import count
-from benchmarks.flops import floor_ratio, forward_backward, shapes
+from benchmarks.flops import floor, floor_ratio, forward_backward, shapes
 from benchmarks.kfac import KFAC, LIKELIHOODS
 from benchmarks.methods import METHODS, state_bytes
 from benchmarks.problems import TASKS
@@ -102,6 +102,17 @@ def test_floors_of_the_published_network_are_those_derived_by_hand():
     layers = shapes(TASKS["P1"].problem.model(0), TASKS["P1"].problem.x_train[:1000])
     assert floor_ratio("kfqn-2021", METHODS["kfqn-2021"].settings, layers) == pytest.approx(2.01, abs=0.005)
     assert floor_ratio("kbfgs", METHODS["kbfgs"].settings, layers) == pytest.approx(2.48, abs=0.005)
+
+
+def test_looking_rows_up_multiplies_nothing():
+    model, tokens = nn.Sequential(nn.Embedding(20, 6), nn.Linear(6, 5), nn.Linear(5, 4)), torch.randint(20, (8, 3))
+    layers = shapes(model, tokens)
+    products = 2 * 8 * 3 * torch.tensor([0, 6 * 5, 5 * 4])  # torch counts no product for a bias
+    assert count(lambda: model(tokens).sum().backward()).flops == 3 * products.sum()
+    assert [layer.product for layer in layers] == [0, 2 * 8 * 3 * 7 * 5, 2 * 8 * 3 * 6 * 4]
+    for kind in ("action", "low_rank", "diagonal"):
+        settings = {"activation_factor": kind, "activation_decay": None}
+        assert floor("kfqn", settings, layers) == floor("kfqn", settings, layers[1:])
 
 
 @pytest.mark.parametrize("name", OURS)

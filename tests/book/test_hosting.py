@@ -2,6 +2,7 @@
 
 import json
 import re
+import tomllib
 from functools import cache
 
 import pytest
@@ -49,8 +50,9 @@ def test_every_command_that_is_named_exists(file):
 
 def test_the_citation_names_what_the_package_is():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert f'version = "{citation["version"]}"' in project
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["version"] == citation["version"]
+    assert project["authors"] == citation["authors"]
     assert {"cff-version", "title", "message", "authors", "license", "abstract", "references"} <= citation.keys()
     for work in citation["references"]:
         assert {"type", "title", "authors", "year"} <= work.keys()

@@ -60,11 +60,11 @@ def room(tmp_path, monkeypatch):
         (tmp_path / name / f"{file}.py").write_text(text)
     monkeypatch.setattr("tools.rooms.PACKAGE", name)
     monkeypatch.syspath_prepend(tmp_path)
-    mutation._module.cache_clear()
+    mutation.syntax_tree.cache_clear()
     yield importlib.import_module(f"{name}.sums")
     for module in [module for module in sys.modules if module.partition(".")[0] == name]:
         del sys.modules[module]
-    mutation._module.cache_clear()
+    mutation.syntax_tree.cache_clear()
 
 
 def changes(found):
@@ -85,7 +85,7 @@ def test_methods_and_properties_have_mutants(room):
 
 
 def test_whoever_holds_the_function_runs_the_mutant(room):
-    held, inner, scale = room.add, room._sum, room.Scale(5)
+    held, inner, scale = room.add, vars(room)["_sum"], room.Scale(5)
     (mutant,) = [m for m in mutation.mutants("sums.add", 100) if m.after == "a - b"]
     assert held(5, 3) == 8
     mutation.put(mutant)

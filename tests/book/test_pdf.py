@@ -117,6 +117,21 @@ def test_a_chapter_alone_links_to_no_other(book):
     assert "Contents" not in words(made)
 
 
+def test_a_book_is_printed_until_its_contents_are_right_and_not_for_ever():
+    prints = []
+
+    def attempt(pages):
+        """The contents get longer once they have numbers."""
+        prints.append(pages)
+        return {"a": 2 + bool(pages)}
+
+    assert pdf.settled(attempt) == {"a": 3}
+    assert prints == [{}, {"a": 2}, {"a": 3}]
+    assert pdf.settled(lambda pages: {}) == {}
+    with pytest.raises(pdf.PdfError, match=r"printed 5 times, .* other pages .* make pdf N=02"):
+        pdf.settled(lambda pages: {"a": 1 + pages.get("a", 0) % 2})
+
+
 @pytest.fixture(scope="module")
 def printed(book):
     """Text of the pages, by edition."""

@@ -101,8 +101,7 @@ def test_the_same_network_and_data_in_every_layout_is_the_same_run(layout, optio
     assert difference(*runs) < 1e-4
 
 
-@pytest.mark.parametrize("first", ["batch", "time"])
-def test_recurrent_and_attention_in_both_layouts(first):
+def test_recurrent_and_attention_in_both_layouts():
     sequences, runs = randn(4, 6, 8), []
     for batch_first in (True, False):
         torch.manual_seed(0)

@@ -10,12 +10,6 @@ from kfqn_core import KFQN
 from tests.field.programs import ADAM, train
 
 
-def norm_of_a_slice():
-    norm = nn.LayerNorm(8)
-    norm.weight = nn.Parameter(torch.linspace(1, 2, 16)[::2])
-    return norm
-
-
 @pytest.mark.parametrize("how", ["sliced", "transposed", "channels last", "gradient"])
 def test_what_adam_moves_is_moved_by_its_indices_and_nothing_beside_it(how):
     """Against torch's Adam, which is not fused; the memory around a slice stays."""
