@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kfqn_core.training.optimizer import KFQN
 
 COUNTERS = ("steps", "skipped_steps", "warm_started")
-SHARE = "step_share"  # of a guarded step; older states say nothing of it
+SHARE, LATE = "step_share", "late"  # of a guarded step; layers that wait for an update: older states say nothing of them
 
 
 class States(defaultdict[Tensor, Any]):
@@ -57,7 +57,7 @@ def states(optimizer: KFQN) -> defaultdict[Tensor, Any]:
     state = States(optimizer)
     if optimizer.plan is None:
         return state
-    optimizer._follow_model()
+    optimizer.follow()
     plan, fallback = optimizer.plan, optimizer.fallback
     for group, _ in plan.groups:
         for i, layer in enumerate(group.layers):
@@ -91,12 +91,14 @@ def write_counters(optimizer: KFQN) -> None:
     """Into the parameter groups, where a saved state has them."""
     counters = optimizer._steps, optimizer.skipped_steps, optimizer._warm_started
     for group in optimizer.param_groups:
-        group.update({**dict(zip(COUNTERS, counters, strict=True)), SHARE: optimizer._pairs.share})
+        group.update(dict(zip(COUNTERS, counters, strict=True)))
+        group.update({SHARE: optimizer._pairs.share, LATE: tuple(sorted(optimizer.plan.late))})
 
 
 def read_counters(optimizer: KFQN, counters: tuple[Any, ...]) -> None:
     """Go on from counters as `unpacked` returns them."""
-    optimizer._steps, skipped, optimizer._warm_started, optimizer._pairs.share = counters
+    optimizer._steps, skipped, optimizer._warm_started, optimizer._pairs.share, late = counters
+    optimizer.plan.late = optimizer.plan.places.keys() & set(late)
     optimizer._skips.counts.copy_(torch.tensor([skipped, 0], device="cpu"))
     optimizer._anew = True
     optimizer.plan.watch_all()  # the first pass also tells which ranks there are
@@ -133,7 +135,7 @@ def unpacked(
             f"{sum(needed)}, in groups of {needed}: create KFQN with the model and the groups that it was saved with"
         )
     groups = [{**defaults, "peak_lr": group.get("lr", defaults["lr"]), **group} for group in groups]
-    counters = [(*(group[counter] for counter in COUNTERS), group.get(SHARE, MOST)) for group in groups]
+    counters = [(*(group[counter] for counter in COUNTERS), group.get(SHARE, MOST), group.get(LATE, ())) for group in groups]
     params, indices = ([p for group in of for p in group["params"]] for of in (own, groups))
     saved = {p: state_dict["state"].get(i, {}) for i, p in zip(indices, params, strict=True)}
     return saved, groups, counters[0]
