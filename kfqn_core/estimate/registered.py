@@ -36,6 +36,9 @@ class ForwardHook(Hook):
         watch: Watch | None = self._owner()
         if watch is None or len(rest) < 2:
             return None
+        # A repetition saves what its forward has saved: nothing of a watch that was not there, or has seen none since.
+        if not watch.noticed and torch._C._current_graph_task_id() != -1 and graph.is_checkpointed():
+            return None
         # Between a forward and its repetition a step may be taken, which says whether the next forward is looked at.
         if watch.mode != "inputs" and not (
             torch.is_grad_enabled()
@@ -69,6 +72,7 @@ class BeforeHook(Hook):
     """Before a forward of the whole model, unless it is being compiled."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Let the owner look."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
         owner: Follows | None = self._owner()

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from kfqn_core.training.optimizer import KFQN
 
 COUNTERS = ("steps", "skipped_steps", "warm_started")
-SHARE, LATE = "step_share", "late"  # of a guarded step; layers that wait for an update: older states say nothing of them
+SHARE, LATE = (
+    "step_share",
+    "late",
+)  # of a guarded step; layers that wait for an update: older states say nothing of them
 
 
 class States(defaultdict[Tensor, Any]):
@@ -135,7 +138,9 @@ def unpacked(
             f"{sum(needed)}, in groups of {needed}: create KFQN with the model and the groups that it was saved with"
         )
     groups = [{**defaults, "peak_lr": group.get("lr", defaults["lr"]), **group} for group in groups]
-    counters = [(*(group[counter] for counter in COUNTERS), group.get(SHARE, MOST), group.get(LATE, ())) for group in groups]
+    counters = [
+        (*(group[counter] for counter in COUNTERS), group.get(SHARE, MOST), group.get(LATE, ())) for group in groups
+    ]
     params, indices = ([p for group in of for p in group["params"]] for of in (own, groups))
     saved = {p: state_dict["state"].get(i, {}) for i, p in zip(indices, params, strict=True)}
     return saved, groups, counters[0]

@@ -213,7 +213,10 @@ class KFQN(torch.optim.Optimizer):
     def _prepare(self) -> tuple[dict[str, Record], list[nn.Parameter], set[str]]:
         """Whatever may fail, fails here. What was seen, parameters with a gradient, and names: see `Plan.survey`."""
         self._require_hooks()
-        self.follow()
+        for p in self.follow():
+            p.grad = (
+                None  # made when it was nobody's: unseen, and no GradScaler has unscaled it. It begins with the next
+            )
         records = self.plan.hooks.pop()
         self._ranks.require_group()
         elsewhere = judge_unseen(self, records)
@@ -226,17 +229,17 @@ class KFQN(torch.optim.Optimizer):
         if self._unlook is None:
             self._unlook = before_forward(self._model, self)
 
-    def follow(self, *, running: bool = False) -> None:
-        """A new plan, if model or groups have changed; if the model is about to run, what is new is seen from then."""
+    def follow(self, *, running: bool = False) -> list[nn.Parameter]:
+        """A new plan, if model or groups have changed; see `Plan.holds`. Returns parameters that were not there."""
         if self.plan.holds(self.param_groups, running=running):
-            return
+            return []
         covered = covered_share(self.plan)
-        for old, new in parameters.follow(self._model, self.param_groups, self._names, whole=self._whole):
-            self.fallback.replace(old, new)
+        added = parameters.follow(self._model, self.param_groups, self._names, self.fallback.replace, whole=self._whole)
         self._make_plan()
         self._skips.follow(self._device or parameters.device_of(self._params()))
         self._anew = True
         say_coverage(self.plan, self.fallback, self._model, before=covered, stacklevel=7)
+        return added
 
     def leave(self, names: Iterable[str]) -> None:
         """Leave layers to the fallback, by name."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,19 +80,21 @@ def owned(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:
 
 
 def follow(
-    model: nn.Module, groups: list[dict[str, Any]], known: Mapping[str, tuple[nn.Module, nn.Parameter]], *, whole: bool
-) -> list[tuple[nn.Parameter, nn.Parameter]]:  # fmt: skip
+    model: nn.Module, groups: list[dict[str, Any]], known: Mapping[str, tuple[nn.Module, nn.Parameter]],
+    replace: Callable[[nn.Parameter, nn.Parameter], None], *, whole: bool,
+) -> list[nn.Parameter]:  # fmt: skip
     """Bring parameter groups up to date with the model: parameters that were replaced, and, if `whole`, added ones.
 
     Args:
         model: as it is now.
         groups: of the optimizer, changed in place.
         known: the parameters of the model by name, as they were (`owned`).
+        replace: told of every parameter that is gone and the one that its module has in its place. What is new with its
+            module takes the place in the groups alone.
         whole: whether the first group is every parameter of the model that is in no other.
 
     Returns:
-        Pairs of a parameter that is gone and the one that its module has in its place. What is new with its module
-        takes the place in the groups alone.
+        The parameters that are new in the groups, and in nobody's place.
 
     Raises:
         TypeError: if parameters are sharded over processes and were not, or the other way round.
@@ -106,13 +108,18 @@ def follow(
         if name in now and id(old) not in here and id(now[name][1]) not in before
     ]  # fmt: skip
     new_of = {id(old): new for _, old, _, new in replaced}
+    held = {id(p) for group in groups for p in group["params"]}
     for group in groups:
         group["params"] = [new_of.get(id(p), p) for p in group["params"]]
     if whole:
         others = {id(p) for group in groups[1:] for p in group["params"]}
         groups[0]["params"] = [p for p in model.parameters() if id(p) not in others]
         groups[0].pop("param_names", None)
-    return [(old, new) for owner, old, now_owner, new in replaced if owner is now_owner]
+    for owner, gone, now_owner, new in replaced:
+        if owner is now_owner:
+            replace(gone, new)
+            held.add(id(new))
+    return [p for group in groups for p in group["params"] if id(p) not in held]
 
 
 def follow_peaks(groups: Sequence[dict[str, Any]]) -> None:

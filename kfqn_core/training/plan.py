@@ -302,9 +302,10 @@ class Plan:
         params, names = [p for _, p in named], [name for name, _ in named]  # pruning only gives a weight another name
         children = [child for module in modules for child in module._modules.values()]
         flags = [None if p is None else (trains(p), p.dtype, p.device) for p in params]
+        forwards = ["forward" in vars(module) for module in modules]  # replaced: no layer that is known
         groups: list[Any] = [(len(group["params"]), group["curvature"]) for group in param_groups]
         loose = [trains(p) for group in param_groups for p in group["params"]]
-        return params + children, flags + groups + loose + names
+        return params + children, flags + groups + loose + names + forwards
 
     def no_autocast(self) -> torch.autocast:
         """Curvature needs its digits, also where a user's whole training step stands under autocast."""

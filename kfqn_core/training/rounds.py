@@ -25,7 +25,11 @@ Batches = Mapping[Group, AnyBatch]
 
 
 def seen(
-    groups: Iterable[Group], records: Mapping[str, Record], elsewhere: Collection[str], *, average: bool,
+    groups: Iterable[Group],
+    records: Mapping[str, Record],
+    elsewhere: Collection[str],
+    *,
+    average: bool,
     due: Collection[str],
 ) -> dict[Group, AnyBatch]:
     """The statistics of the groups that learn of `H_a` in this step; the first round is wanted.
