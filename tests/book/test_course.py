@@ -247,6 +247,16 @@ def test_what_cannot_be_graded_is_named_with_its_reason(released, capsys):
     assert lines[2].startswith("submitted/bob/01/01-one.ipynb  NOT GRADED: a notebook counts in")
 
 
+@pytest.mark.parametrize("user", [0, 1000])
+def test_the_formgrader_starts_in_a_container_too(released, monkeypatch, user):
+    commands = []
+    monkeypatch.setattr(course.os, "getuid", lambda: user)
+    done = subprocess.CompletedProcess([], 0)
+    monkeypatch.setattr(course.subprocess, "run", lambda command, **_: commands.append(command) or done)
+    assert course.formgrader(released / "course") == 0
+    assert ("--allow-root" in commands[0]) == (user == 0)
+
+
 def test_no_course_yet(tmp_path):
     root = tiny.install_tools(tiny.write(tmp_path, ("01-one", "One", tiny.EXERCISE)))
     for task in ("grade", "formgrader"):
