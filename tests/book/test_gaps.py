@@ -88,7 +88,7 @@ def test_a_failure_is_forgotten_with_the_text_that_failed(tmp_path):
 
 
 def test_an_appendix_that_is_to_be_executed_is_called_by_its_name(tmp_path):
-    book = manifest.load(tiny.write(tmp_path, ("notation", "Notation", "\nWords.\n")))
+    book = manifest.load(tiny.write(tmp_path, ("notation", "Notation", "\nWords.\n"), cnotation={"tier": "appendix"}))
     assert "1 of 1 chapters (notation)" in notebooks.outlook(book, book.chapters)
 
 
