@@ -62,7 +62,7 @@ class Hooks:
         last: Hooks | None = None,
     ):  # fmt: skip
         self.ranks = ranks or Ranks()
-        before = {} if last is None else {watch.matrix: watch for watch in last._watches.values()}
+        before = {} if last is None else {watch.matrix: watch for watch in map(last.__getitem__, last)}
         self._watches: dict[str, Watch] = {}
         for name, (module, part) in layers.items():
             watch = before.get((module, part.weight))
