@@ -98,8 +98,7 @@ class KFQN(torch.optim.Optimizer):
         self.fallback = Fallback(by_adam=self._options.step_length != "raw")
         self.plan: Plan = None  # type: ignore[assignment]
         self._refused: frozenset[str] = frozenset()
-        self._steps, self._warm_started, self._removed = 0, False, False
-        self._anew = False  # whether what was seen since the last step may be gone with the plan that saw it
+        self._steps, self._warm_started, self._removed, self._anew = 0, False, False, False
         defaults = {
             "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "fallback_lr": fallback_lr, "betas": betas,
             "decoupled_weight_decay": decoupled_weight_decay, "eps": eps, "curvature": True,
@@ -214,9 +213,7 @@ class KFQN(torch.optim.Optimizer):
         """Whatever may fail, fails here. What was seen, parameters with a gradient, and names: see `Plan.survey`."""
         self._require_hooks()
         for p in self.follow():
-            p.grad = (
-                None  # made when it was nobody's: unseen, and no GradScaler has unscaled it. It begins with the next
-            )
+            p.grad = None  # of before it was held: not seen, nor unscaled by a GradScaler
         records = self.plan.hooks.pop()
         self._ranks.require_group()
         elsewhere = judge_unseen(self, records)
@@ -237,7 +234,7 @@ class KFQN(torch.optim.Optimizer):
         added = parameters.follow(self._model, self.param_groups, self._names, self.fallback.replace, whole=self._whole)
         self._make_plan()
         self._skips.follow(self._device or parameters.device_of(self._params()))
-        self._anew = True
+        self._anew = True  # uses may have come before the hooks that would have seen them
         say_coverage(self.plan, self.fallback, self._model, before=covered, stacklevel=7)
         return added
 
