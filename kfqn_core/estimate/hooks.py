@@ -185,7 +185,7 @@ class Watch:
         self._gradient: tuple[weakref.ref[Tensor], int] | None = None  # after the last accumulation, and its version
         self._accumulations = 0
         self._thinned = False
-        self._size: Tensor | None = None  # of the gradient after the last accumulation, its norm
+        self._size: Tensor | None = None  # norm of the gradient after the last accumulation, if outputs are wanted
 
     @property
     def pending(self) -> bool:
@@ -197,7 +197,9 @@ class Watch:
         uses = self._uses or self._captured  # the latter: gradients that were taken by autograd.grad, and assigned
         if self.mode == "gradient" and self._weight.grad is None:
             uses = []  # dropped since, or never assigned
-        size, touched, empty = self._size, self._cleared(others=0), self.empty
+        size, empty = self._size, self.empty
+        # DistributedDataParallel writes every gradient; what it was before is known where outputs are wanted.
+        touched = not self._sharded and (self.outputs or self._ranks.alone) and self._cleared(others=0)
         self.clear()
         self.empty = empty
         for use in uses:
@@ -322,7 +324,7 @@ class Watch:
         self._thinned = False
         self._accumulations += 1
         self._gradient = weakref.ref(grad), grad._version
-        if not self._sharded:
+        if self.outputs and not self._sharded:
             self._size = torch.linalg.vector_norm(grad.detach(), dtype=torch.promote_types(grad.dtype, torch.float32))
 
 

@@ -37,7 +37,8 @@ class ForwardHook(Hook):
         if watch is None or len(rest) < 2:
             return None
         # A repetition saves what its forward has saved: nothing of a watch that was not there, or has seen none since.
-        if not watch.noticed and torch._C._current_graph_task_id() != -1 and graph.is_checkpointed():
+        repeats = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        if repeats and not watch.noticed and graph.is_checkpointed():
             return None
         # Between a forward and its repetition a step may be taken, which says whether the next forward is looked at.
         if watch.mode != "inputs" and not (
@@ -59,7 +60,7 @@ class ForwardHook(Hook):
 class Follows(Protocol):
     """Who follows a model that changes."""
 
-    def follow(self, *, running: bool) -> None: ...
+    def follow(self, *, running: bool) -> Any: ...
 
 
 def before_forward(model: nn.Module, owner: Follows) -> Any:

@@ -158,13 +158,6 @@ class Record:
         return sum(use.samples * use.T for use in self.uses) / self.samples
 
     @property
-    def sizes(self) -> tuple[Tensor, Tensor] | None:
-        """Lengths of the gradient then and now, if it was touched and they are known."""
-        if not self.touched or self.size_then is None or self.size_now is None:
-            return None
-        return self.size_then, self.size_now
-
-    @property
     def has_inputs(self) -> bool:
         """Whether the input of a use is known."""
         return any(use.x is not None for use in self.uses)
@@ -258,14 +251,15 @@ class Batch:
     def left(self) -> Tensor | None:
         """`[L]`, 0 where the gradient in which the uses are was written over with zeros since, and else 1.
 
-        None where no gradient was touched. One that backward left at zero tells nothing.
+        None where no gradient was touched. One that backward is known to have left at zero tells nothing.
         """
-        sizes = [record and record.sizes for record in self._records]
-        if not any(sizes):
+        touched = [record if record is not None and record.touched else None for record in self._records]
+        if not any(record is not None and record.size_now is not None for record in touched):
             return None
         one = self.like.new_ones(())
+        sizes = [(None, None) if record is None else (record.size_then, record.size_now) for record in touched]
         then, now = (
-            torch.stack([one if both is None else both[i].to(one.dtype) for both in sizes]) for i in range(2)
+            torch.stack([one if size is None else size.to(one.dtype) for size in of]) for of in zip(*sizes, strict=True)
         )  # fmt: skip
         return ((now > 0) | (then == 0)).to(one.dtype)
 

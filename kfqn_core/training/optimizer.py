@@ -212,7 +212,7 @@ class KFQN(torch.optim.Optimizer):
         """Whatever may fail, fails here. What was seen, parameters with a gradient, and names: see `Plan.survey`."""
         self._require_hooks()
         for p in self.follow():
-            p.grad = None  # made when it was nobody's: unseen, and no GradScaler has unscaled it
+            p.grad = None  # of before it was held: not seen, nor unscaled by a GradScaler
         records = self.plan.hooks.pop()
         self.ranks.require_group()
         elsewhere = judge_unseen(self, records)
@@ -233,7 +233,7 @@ class KFQN(torch.optim.Optimizer):
         added = parameters.follow(self._model, self.param_groups, self._names, self.fallback.replace, whole=self._whole)
         self.make_plan()
         self.skips.follow(self._device or parameters.device_of(self._params()))
-        self.history.anew = True
+        self.history.anew = True  # uses may have come before the hooks that would have seen them
         say_coverage(self.plan, self.fallback, self._model, before=covered, stacklevel=7)
         return added
 

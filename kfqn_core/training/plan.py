@@ -117,7 +117,7 @@ class Plan:
         self.moves = _moves(self.groups)
         watched = {} if device is not None else {n: (layer.module, layer.part) for n, layer in layers.items()}
         last_hooks = None if last is None else last.hooks
-        self.hooks = Hooks(watched, outputs=options.pairs is not None, ranks=ranks, last=last_hooks)
+        self.hooks: Hooks = Hooks(watched, outputs=options.pairs is not None, ranks=ranks, last=last_hooks)
         few = options.activation_factor in ("auto", "low_rank", "diagonal")
         for name in self.hooks:
             self.hooks[name].vectors = ROWS if few else None

@@ -156,7 +156,7 @@ def test_the_first_step_after_a_change_has_curvature(change, zero, pairs):
     assert not torch.equal(H_of(optimizer, "2"), kept["2"])
     if change is not head_replaced:  # as after the first step of a layer that gets these inputs
         (name,) = new
-        first = KFQN(once := nn.Sequential(nn.Linear(5, 4)), lr=0.0, **FORMED)
+        first = KFQN(once := nn.Sequential(nn.Linear(5, 4)), lr=0.0, pairs=pairs, **FORMED)
         train(first, lambda: once(x).square().mean(), 1)
         assert error(H_of(optimizer, name), H_of(first, "0")) < 1e-4
 
