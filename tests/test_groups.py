@@ -158,9 +158,11 @@ def test_an_update_reaches_the_layers_that_were_seen_and_are_started(factors):
     before = {name: look(optimizer)[name][2] for name in optimizer.layers}
     records = seen_of(optimizer, 0, poisoned=("1",))
     del records["2"]
-    update({group: group.batch(records)}, torch.tensor(False))
+    update({group: group.batch(records)}, torch.tensor(False), before)
     assert all(torch.equal(look(optimizer)[name][2], H) for name, H in before.items())
-    update({group: group.batch(records)}, torch.tensor(True))
+    update({group: group.batch(records)}, torch.tensor(True), before.keys() - {"0"})
+    assert all(torch.equal(look(optimizer)[name][2], H) for name, H in before.items())  # the others were not due
+    update({group: group.batch(records)}, torch.tensor(True), before)
     changed = [not torch.equal(look(optimizer)[name][2], H) for name, H in before.items()]
     # An average that is kept is looked at in `observe`, so that the inverse of it is the same.
     assert changed == [factors != "inverse", False, False]

@@ -7,6 +7,7 @@ Beside it `reading` is the chapter without its exercises. Both are plain Markdow
 from __future__ import annotations
 
 import copy
+import textwrap
 
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
@@ -94,7 +95,11 @@ def _criteria(rubric: exercises.Rubric | None, render: Plain) -> str:
     """The rubric where whoever marks by hand sees it and students do not: in the hidden part of the grader."""
     if rubric is None:
         return ""
-    lines = [f"# {points} for: {render.text(text)}" for points, text in rubric.criteria]
+    lines = [
+        line
+        for points, text in rubric.criteria  # wrapped, since whoever marks reads them in a box that does not
+        for line in textwrap.wrap(f"# {points} for: {render.text(text)}", 88, subsequent_indent="#     ")
+    ]
     return "\n### BEGIN HIDDEN TESTS\n# The written answer:\n" + "\n".join(lines) + "\n### END HIDDEN TESTS"
 
 

@@ -103,6 +103,9 @@ def _article(name: str, page: BeautifulSoup, edition: str, chosen: list[str]) ->
     article = page.find("article")
     for tag in article.select(GONE):
         tag.decompose()
+    for section in article.select("section"):
+        if [child.name for child in section.find_all(True, recursive=False)] == ["h2"]:
+            section.decompose()  # it had listed the pages, as the table of contents does
     for box in article.select("details"):
         if box.decomposed:
             continue

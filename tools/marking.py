@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 import warnings
@@ -12,6 +13,11 @@ from sqlalchemy.exc import SAWarning
 
 from tools.manifest import Book, Chapter
 from tools.release import CourseError, api
+
+PLACE = (
+    "a notebook counts in submitted/STUDENT/CHAPTER, both folder and file with the names of the release; "
+    "move or rename it, and grade again"
+)
 
 
 def run(book: Book, place: Path, chosen: list[Chapter], force: bool) -> int:
@@ -42,8 +48,22 @@ def run(book: Book, place: Path, chosen: list[Chapter], force: bool) -> int:
             if not outcome["success"]:
                 failed += 1
                 print(f"{slug}  {student}  NO FEEDBACK: {_reason(outcome)}", file=sys.stderr)
+    for notebook in strays(place):
+        failed += 1
+        print(f"{notebook.relative_to(place)}  NOT GRADED: {PLACE}", file=sys.stderr)
     print(f"{graded} graded, {failed} failed; feedback is in {place / 'feedback'}")
     return 1 if failed else 0
+
+
+def strays(place: Path) -> list[Path]:
+    """Notebooks below `submitted` that no assignment of the course has, such as "01-one (1).ipynb" of a browser."""
+    found = []
+    for notebook in sorted(place.glob("submitted/**/*.ipynb")):
+        below = notebook.relative_to(place / "submitted").parts
+        hidden = any(part.startswith(".") for part in below)  # such as .ipynb_checkpoints
+        if not hidden and not (len(below) == 3 and place.joinpath("source", *below[1:]).is_file()):
+            found.append(notebook)
+    return found
 
 
 def _score(book: Book, place: Path, slug: str, student: str) -> str:
@@ -59,5 +79,7 @@ def _score(book: Book, place: Path, slug: str, student: str) -> str:
 
 
 def _reason(outcome: dict[str, object]) -> str:
+    """The error that nbgrader caught, which stands in its log; its own last words name none."""
+    caught = re.findall(r"^ {4}([\w.]*[A-Z]\w*: .+)", str(outcome.get("log")), re.MULTILINE)
     text = str(outcome.get("error") or outcome.get("log") or "nbgrader does not say why")
-    return text.strip().splitlines()[-1]
+    return caught[-1] if caught else text.strip().splitlines()[-1]

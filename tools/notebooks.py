@@ -260,8 +260,9 @@ def outlook(book: Book, chapters: tuple[Chapter, ...]) -> str:
     if not due:
         return "Nothing to execute: no chapter, nor the code it stands on, has changed."
     minutes = sum(chapter.budget_s for chapter in due) / 60
+    names = [chapter.slug if chapter.number is None else chapter.slug[:2] for chapter in due]
     return (
-        f"To execute: {len(due)} of {len(chapters)} chapters ({', '.join(chapter.slug[:2] for chapter in due)}). "
+        f"To execute: {len(due)} of {len(chapters)} chapters ({', '.join(names)}). "
         f"Their budgets add up to {minutes:.0f} minutes of one quiet CPU core."
     )
 

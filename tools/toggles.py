@@ -46,12 +46,14 @@ def name(chapter: Chapter, notebook: NotebookNode, graders: dict[str, str]) -> N
 
 
 def _made(code: str) -> str:
-    """The functions and classes that a cell defines, else the first names that it sets."""
+    """The functions and classes that a cell defines or shows, else the first names that it sets."""
     try:
         body = ast.parse(code).body
     except SyntaxError:  # a magic of notebooks
         return ""
     names = [node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    if shown := re.search(r"^show_source\(([\w.]+)", code, re.MULTILINE):
+        names.append(shown[1])
     if not names:
         targets = [target for node in body if isinstance(node, ast.Assign) for target in node.targets]
         names = [target.id for target in targets if isinstance(target, ast.Name)]

@@ -53,15 +53,24 @@ class Hooks:
             statistics are taken with.
         outputs: whether sums of `h` and of its gradient are wanted; without them only inputs are kept.
         ranks: told which processes run the layers.
+        last: those of before: who watches a matrix that is still there goes on, with what it has seen, under
+            whatever name; the others are removed.
     """
 
     def __init__(
-        self, layers: Mapping[str, tuple[nn.Module, Part]], *, outputs: bool, ranks: Ranks | None = None
+        self, layers: Mapping[str, tuple[nn.Module, Part]], *, outputs: bool, ranks: Ranks | None = None,
+        last: Hooks | None = None,
     ):  # fmt: skip
         self.ranks = ranks or Ranks()
-        self._watches = {
-            name: Watch(module, part, outputs=outputs, ranks=self.ranks) for name, (module, part) in layers.items()
-        }
+        before = {} if last is None else {watch.matrix: watch for watch in map(last.__getitem__, last)}
+        self._watches: dict[str, Watch] = {}
+        for name, (module, part) in layers.items():
+            watch = before.get((module, part.weight))
+            if watch is None or not watch.watches(part):
+                watch = Watch(module, part, outputs=outputs, ranks=self.ranks)
+            self._watches[name] = watch
+        for watch in set(before.values()).difference(self._watches.values()):
+            watch.remove()
 
     def __getitem__(self, name: str) -> Watch:
         return self._watches[name]
@@ -117,7 +126,6 @@ class Watch:
         vectors: how many input vectors are kept at most; None keeps all, where memory is not short.
         noticed: whether a forward was ever seen, with or without gradient.
         empty: whether a forward without samples was seen since the last step.
-        gradient_size: norm of the weight's gradient as backward left it, if outputs are wanted.
         error: what went wrong with the statistics last, if anything did; a user's forward and backward go on.
         mode: `"gradient"`: uses count whose gradient reaches the weight. `"second pass"`: uses that backward reaches.
             `"inputs"`: every forward.
@@ -157,6 +165,17 @@ class Watch:
         vars(self).update(state)
         self._register()
 
+    @property
+    def matrix(self) -> tuple[nn.Module, str]:
+        """Of which module, and by which weight."""
+        return self._module, self.part.weight
+
+    def watches(self, part: Part) -> bool:
+        """Whether it can go on for this part of its module: with the same weight, and the same bias or none."""
+        own, view = self.part.view, part.view
+        alike = (own.groups, own.d_out, own.d_in) == (view.groups, view.d_out, view.d_in)
+        return alike and self.remove.alive and self._module.get_parameter(part.weight) is self._weight
+
     def clear(self) -> None:
         """Forget what was seen; a pass that backward has yet to reach lives in its graph."""
         self.empty = False
@@ -166,7 +185,7 @@ class Watch:
         self._gradient: tuple[weakref.ref[Tensor], int] | None = None  # after the last accumulation, and its version
         self._accumulations = 0
         self._thinned = False
-        self.gradient_size: Tensor | None = None
+        self._size: Tensor | None = None  # norm of the gradient after the last accumulation, if outputs are wanted
 
     @property
     def pending(self) -> bool:
@@ -174,16 +193,18 @@ class Watch:
         return bool(self._uses or self._captured or (self._sharded and self._passing))
 
     def pop(self) -> Record | None:
-        """What was seen since the last call; None if that is nothing. `empty` and `gradient_size` stay."""
+        """What was seen since the last call; None if that is nothing. `empty` stays."""
         uses = self._uses or self._captured  # the latter: gradients that were taken by autograd.grad, and assigned
         if self.mode == "gradient" and self._weight.grad is None:
             uses = []  # dropped since, or never assigned
-        size, empty = self.gradient_size, self.empty
+        size, empty = self._size, self.empty
+        # DistributedDataParallel writes every gradient; what it was before is known where outputs are wanted.
+        touched = not self._sharded and (self.outputs or self._ranks.alone) and self._cleared(others=0)
         self.clear()
-        self.gradient_size, self.empty = size, empty
+        self.empty = empty
         for use in uses:
             use.check()
-        return Record(self.part.view, uses) if uses else None
+        return Record(self.part.view, uses, size_then=size, touched=touched) if uses else None
 
     def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Note a forward. Returns what is to replace the output, or None."""
@@ -304,7 +325,7 @@ class Watch:
         self._accumulations += 1
         self._gradient = weakref.ref(grad), grad._version
         if self.outputs and not self._sharded:
-            self.gradient_size = torch.linalg.vector_norm(grad.detach())
+            self._size = torch.linalg.vector_norm(grad.detach(), dtype=torch.promote_types(grad.dtype, torch.float32))
 
 
 class _Sight:

@@ -53,8 +53,17 @@ class SharedBatch:
                 self._wanted.append(name)
 
     def outgoing(self) -> list[Tensor]:
-        """What is wanted, as this rank has it, to be summed over ranks: zero for a layer that it has not seen."""
-        return [self._own(name) for name in self._wanted]
+        """What is wanted, as this rank has it, to be summed over ranks: zero for a layer that it has not seen.
+
+        Nor has it where what it has seen is no longer in the gradient.
+        """
+        own, left = [self._own(name) for name in self._wanted], self._here.left
+        if left is None:
+            return own
+        by_group = left.repeat_interleave(self.groups)
+        return [
+            value * (left if len(value) == len(left) else by_group).view(-1, *[1] * (value.dim() - 1)) for value in own
+        ]
 
     def take_in(self, sums: Iterator[Tensor]) -> None:
         """What was wanted, summed over ranks, in the order of `outgoing`."""

@@ -129,13 +129,23 @@ def _odd_prime(least: int) -> int:
 class Record:
     """All uses of one layer since the last step, on this rank.
 
+    Attributes:
+        view: of the layer.
+        uses: in the order in which backward reached them.
+        scale: of the loss whose gradients were seen (`GradScaler`); a gradient is divided by it.
+        size_then, size_now: lengths of the weight's gradient as backward left it, and as the step finds it, if known.
+        touched: whether somebody wrote into the gradient in between.
+
     Raises of every statistic:
         ValueError: if nothing is known of what it is a statistic of.
     """
 
     view: LayerView
     uses: list[Use] = field(default_factory=list)
-    scale: float | Tensor = 1.0  # of the loss whose gradients were seen (GradScaler); a gradient is divided by it
+    scale: float | Tensor = 1.0
+    size_then: Tensor | None = None
+    size_now: Tensor | None = None
+    touched: bool = False
 
     @property
     def samples(self) -> int:
@@ -238,11 +248,28 @@ class Batch:
         self.groups = views[0].groups
 
     @cached_property
-    def present(self) -> Tensor | None:
-        """`[B]`, 1 for what was seen and else 0; None where everything was."""
-        if all(self.seen):
+    def left(self) -> Tensor | None:
+        """`[L]`, 0 where the gradient in which the uses are was written over with zeros since, and else 1.
+
+        None where no gradient was touched. One that backward is known to have left at zero tells nothing.
+        """
+        touched = [record if record is not None and record.touched else None for record in self._records]
+        if not any(record is not None and record.size_now is not None for record in touched):
             return None
-        return self.like.new_tensor([float(seen) for seen in self.seen]).repeat_interleave(self.groups)
+        one = self.like.new_ones(())
+        sizes = [(None, None) if record is None else (record.size_then, record.size_now) for record in touched]
+        then, now = (
+            torch.stack([one if size is None else size.to(one.dtype) for size in of]) for of in zip(*sizes, strict=True)
+        )  # fmt: skip
+        return ((now > 0) | (then == 0)).to(one.dtype)
+
+    @cached_property
+    def present(self) -> Tensor | None:
+        """`[B]`, 1 for what was seen, and is in the gradient, and else 0; None where everything is."""
+        if all(self.seen):
+            return None if self.left is None else self.left.repeat_interleave(self.groups)
+        present = self.like.new_tensor([float(seen) for seen in self.seen])
+        return (present if self.left is None else present * self.left).repeat_interleave(self.groups)
 
     def locations(self) -> list[float]:
         """T of every layer; 1 where it was not seen."""

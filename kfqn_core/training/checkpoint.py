@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from kfqn_core.training.optimizer import KFQN
 
 COUNTERS = ("steps", "skipped_steps", "warm_started")
-SHARE = "step_share"  # of a guarded step; older states say nothing of it
+# Older states say nothing of the share of a guarded step, and of the layers that wait for an update.
+SHARE, LATE = "step_share", "late"
 
 
 @dataclass
@@ -75,7 +76,7 @@ def states(optimizer: KFQN) -> defaultdict[Tensor, Any]:
     state = States(optimizer)
     if optimizer.plan is None:
         return state
-    optimizer.follow_model()
+    optimizer.follow()
     plan, fallback = optimizer.plan, optimizer.fallback
     for group, _ in plan.groups:
         for i, layer in enumerate(group.layers):
@@ -108,13 +109,15 @@ def write_counters(optimizer: KFQN) -> None:
     """Into the parameter groups, where a saved state has them."""
     counters = optimizer.history.steps, optimizer.skipped_steps, optimizer.history.warm_started
     for group in optimizer.param_groups:
-        group.update({**dict(zip(COUNTERS, counters, strict=True)), SHARE: optimizer.pairs.share})
+        group.update(dict(zip(COUNTERS, counters, strict=True)))
+        group.update({SHARE: optimizer.pairs.share, LATE: tuple(sorted(optimizer.plan.late))})
 
 
 def read_counters(optimizer: KFQN, counters: tuple[Any, ...]) -> None:
     """Go on from counters as `unpacked` returns them."""
     history = optimizer.history
-    history.steps, skipped, history.warm_started, optimizer.pairs.share = counters
+    history.steps, skipped, history.warm_started, optimizer.pairs.share, late = counters
+    optimizer.plan.late = optimizer.plan.places.keys() & set(late)
     optimizer.skips.counts.copy_(torch.tensor([skipped, 0], device="cpu"))
     history.anew = True
     optimizer.plan.watch_all()  # the first pass also tells which ranks there are
@@ -151,7 +154,9 @@ def unpacked(
             f"{sum(needed)}, in groups of {needed}: create KFQN with the model and the groups that it was saved with"
         )
     groups = [{**defaults, "peak_lr": group.get("lr", defaults["lr"]), **group} for group in groups]
-    counters = [(*(group[counter] for counter in COUNTERS), group.get(SHARE, MOST)) for group in groups]
+    counters = [
+        (*(group[counter] for counter in COUNTERS), group.get(SHARE, MOST), group.get(LATE, ())) for group in groups
+    ]
     params, indices = ([p for group in of for p in group["params"]] for of in (own, groups))
     saved = {p: state_dict["state"].get(i, {}) for i, p in zip(indices, params, strict=True)}
     return saved, groups, counters[0]

@@ -86,6 +86,7 @@ def describe(model: nn.Module, example: Any = None, **options: Any) -> Descripti
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the table says it
         optimizer = _OnPaper(model, **options)
+    optimizer.remove_hooks()
     locations: dict[str, int] = {}
     if example is not None:
         locations, behind = _look(model, optimizer, example)

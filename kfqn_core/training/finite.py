@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,31 @@ from kfqn_core.parallel.shards import local
 from kfqn_core.training.answer import Answer
 from kfqn_core.training.plan import Plan
 
+if TYPE_CHECKING:
+    from kfqn_core.training.optimizer import KFQN
+
 SKIPS = 20  # steps skipped in a row after which a warning says so
 EVERY = 10  # steps between two questions to a device
+
+
+def look_at_gradients(
+    optimizer: KFQN, moving: Sequence[nn.Parameter], records: Mapping[str, Record], loss: Any
+) -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
+    """`all_finite` of a step; the statistics learn what has become of the gradients since backward.
+
+    Args:
+        optimizer: that takes it; a `GradScaler` has left there what it knows.
+        moving: the parameters with a gradient.
+        records: of what was seen.
+        loss: of the closure.
+    """
+    plan = optimizer.plan
+    scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    note_scale(plan, records, scale, found_inf)
+    finite, lengths = all_finite(moving, loss, scale, found_inf, optimizer.skips.counts.device)
+    for name, record in records.items():
+        record.size_now = lengths.get(plan.layer(name).weight)
+    return finite, lengths
 
 
 def all_finite(
@@ -129,6 +152,6 @@ def note_scale(
                 "need it: leave unscaling to GradScaler.step, use bfloat16 without a scaler, or pairs=None"
             )
         # The user has unscaled, and perhaps clipped, what backward left: so are the statistics, by the same factor.
-        before, now = plan.hooks[name].gradient_size, plan.layer(name).weight.grad
-        if before is not None and now is not None:
-            record.scale = before / torch.linalg.vector_norm(now)
+        now = plan.layer(name).weight.grad
+        if record.size_then is not None and now is not None:
+            record.scale = record.size_then / torch.linalg.vector_norm(now)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kfqn_core.training.checkpoint import COUNTERS, SHARE
+from kfqn_core.training.checkpoint import COUNTERS, LATE, SHARE
 from kfqn_core.training.options import refreshes
 
 if TYPE_CHECKING:
@@ -137,4 +137,4 @@ class CapturedStep:
             )
 
 
-UNREAD = frozenset({"params", "param_names", "initial_lr", *COUNTERS, SHARE})  # of a group: no step reads them
+UNREAD = frozenset({"params", "param_names", "initial_lr", *COUNTERS, SHARE, LATE})  # of a group: no step reads them

@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfqn_core.estimate.registered import before_forward
 from kfqn_core.estimate.statistics import Record
 from kfqn_core.training import checkpoint, parameters
 from kfqn_core.training.fallback import Fallback
-from kfqn_core.training.finite import Skips, all_finite, note_scale
+from kfqn_core.training.finite import Skips, look_at_gradients
 from kfqn_core.training.layer import Layer
 from kfqn_core.training.options import Options, refreshes
 from kfqn_core.training.owned import ranks_of, refuse_copies, whole
 from kfqn_core.training.pairs import SamePoint, source
 from kfqn_core.training.plan import Plan
-from kfqn_core.training.report import covered_share, judge_coverage, say_coverage, say_unseen, summary
+from kfqn_core.training.report import covered_share, judge_coverage, judge_unseen, say_coverage, summary
 from kfqn_core.training.rounds import first_round, second_round, seen, update
 from kfqn_core.training.warm_start import warm_start
 
@@ -72,6 +73,7 @@ class KFQN(torch.optim.Optimizer):
     """
 
     _device: torch.device | None = None  # of the state, if not that of the parameters
+    _unlook: Any = None  # ends the look before every forward; copies take it up with their first step
 
     def __init__(
         self,
@@ -104,6 +106,7 @@ class KFQN(torch.optim.Optimizer):
         self.pairs = source(self._options, model, self._params, self.ranks)
         self.make_plan()
         judge_coverage(self.plan, self.fallback, model)
+        self._require_hooks()
 
     @property
     def layers(self) -> dict[str, Layer]:
@@ -126,6 +129,8 @@ class KFQN(torch.optim.Optimizer):
     def remove_hooks(self) -> None:
         """Take every hook off the model; the optimizer cannot step afterwards."""
         self._removed = True
+        if self._unlook is not None:
+            self._unlook()
         self.plan.hooks.remove()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -155,7 +160,7 @@ class KFQN(torch.optim.Optimizer):
         self._require_hooks()
         if self.history.steps:
             raise RuntimeError("warm_start comes before the first step; this optimizer has already stepped")
-        self.follow_model()
+        self.follow()
         with self.plan.no_autocast(), whole(self.plan.layer_groups):
             warm_start(self._model, self.plan, self.ranks, batches)
         self.history.warm_started = True
@@ -169,18 +174,16 @@ class KFQN(torch.optim.Optimizer):
                 in a forward; if a gradient is sparse; or if nobody said whether other processes train this model.
         """
         refresh = refreshes(self.history.steps, self._options.refresh)
-        loss = self.pairs.evaluate(closure, refresh)
-        records = self.plan.hooks.pop()
-        moving, elsewhere = self._prepare(records)
-        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        note_scale(self.plan, records, scale, found_inf)
-        finite, lengths = all_finite(moving, loss, scale, found_inf, self.skips.counts.device)
+        loss = self.pairs.evaluate(closure, refresh or bool(self.plan.late))
+        records, moving, elsewhere = self._prepare()
+        finite, lengths = look_at_gradients(self, moving, records, loss)
+        due = self.plan.due(records, refresh=refresh)
         parameters.follow_peaks(self.param_groups)
         groups, history = self.plan.layer_groups, self.history
         average = history.steps > 0 or not history.warm_started  # that A sits one step out
 
         with self.plan.no_autocast():
-            batches = seen(groups, records, elsewhere, average=average, refresh=refresh)
+            batches = seen(groups, records, elsewhere, average=average, due=due)
             finite = first_round(self.ranks, [*batches.values(), *self.pairs.before(groups, records)], finite)
             self.skips.count(finite)
             for group, batch in batches.items():
@@ -191,12 +194,11 @@ class KFQN(torch.optim.Optimizer):
                 moves.move(self.param_groups, finite)  # D = H_g M H_a; W <- W - lr length(D)
             for params, settings in zip(self.plan.rest, self.param_groups, strict=True):
                 self.fallback.move([p for p in params if p.grad is not None], settings, finite)
-        pairs = self.pairs.after(groups, self.plan.hooks, records)
+        pairs = self.pairs.after(groups, self.plan.hooks, records, due)
         with self.plan.no_autocast():
-            probes = second_round(self.ranks, batches if refresh else {}, pairs)
-            self.pairs.learn(finite, refresh)  # H_g <- BFGS(H_g, pair)
-            if refresh:
-                update(batches, finite, probes)  # H_a <- BFGS(H_a, pair)
+            probes = second_round(self.ranks, batches, due, pairs)
+            self.pairs.learn(finite, due)  # H_g <- BFGS(H_g, pair)
+            update(batches, finite, due, probes)  # H_a <- BFGS(H_a, pair)
         self.advance()
         return loss
 
@@ -206,36 +208,34 @@ class KFQN(torch.optim.Optimizer):
         self.plan.watch(refreshes(self.history.steps, self._options.refresh), every_step=self.pairs.every_step)
         self.skips.warn(self.history.steps)
 
-    def _prepare(self, records: dict[str, Record]) -> tuple[list[nn.Parameter], set[str]]:
-        """Whatever may fail, fails here. Returns parameters with a gradient, and names: see `Plan.survey`."""
+    def _prepare(self) -> tuple[dict[str, Record], list[nn.Parameter], set[str]]:
+        """Whatever may fail, fails here. What was seen, parameters with a gradient, and names: see `Plan.survey`."""
         self._require_hooks()
-        if self.follow_model():
-            self.plan.adopt(records)
+        for p in self.follow():
+            p.grad = None  # of before it was held: not seen, nor unscaled by a GradScaler
+        records = self.plan.hooks.pop()
         self.ranks.require_group()
-        unseen, elsewhere = self.plan.survey(records)
-        anew, self.history.anew = self.history.anew, False
-        if not anew and (unseen := self.plan.unexplained(unseen)):
-            say_unseen(self.plan, self.fallback, unseen, before=self.history.refused)
-            self.leave(unseen)
+        elsewhere = judge_unseen(self, records)
         parameters.refuse_sparse(moving := self.plan.moving())
-        return moving, elsewhere
+        return records, moving, elsewhere
 
     def _require_hooks(self) -> None:
         if self._removed:
             raise RuntimeError("the hooks of this optimizer were removed, so that it sees nothing: make a new KFQN")
+        if self._unlook is None:
+            self._unlook = before_forward(self._model, self)
 
-    def follow_model(self) -> bool:
-        """A new plan, if model or parameter groups have changed. Returns whether they had."""
-        if self.plan.holds(self.param_groups):
-            return False
+    def follow(self, *, running: bool = False) -> list[nn.Parameter]:
+        """A new plan, if model or groups have changed; see `Plan.holds`. Returns parameters that were not there."""
+        if self.plan.holds(self.param_groups, running=running):
+            return []
         covered = covered_share(self.plan)
-        for old, new in parameters.follow(self._model, self.param_groups, self._names, whole=self._whole):
-            self.fallback.replace(old, new)
+        added = parameters.follow(self._model, self.param_groups, self._names, self.fallback.replace, whole=self._whole)
         self.make_plan()
         self.skips.follow(self._device or parameters.device_of(self._params()))
-        self.history.anew = True
+        self.history.anew = True  # uses may have come before the hooks that would have seen them
         say_coverage(self.plan, self.fallback, self._model, before=covered, stacklevel=7)
-        return True
+        return added
 
     def leave(self, names: Iterable[str]) -> None:
         """Leave layers to the fallback, by name."""
@@ -247,7 +247,7 @@ class KFQN(torch.optim.Optimizer):
         """A plan for the model and the parameter groups as they are, to which goes along what was learnt."""
         self.plan = Plan(self._model, self._options, self.param_groups, self.ranks, self.fallback, self.history.refused,
                          self.plan, self._device)  # fmt: skip
-        self._names = dict(self._model.named_parameters())
+        self._names = parameters.owned(self._model)
 
     def _params(self) -> list[nn.Parameter]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -258,6 +258,7 @@ class KFQN(torch.optim.Optimizer):
             return  # the gradients of the first evaluation are still needed, and the second makes none
         super().zero_grad(set_to_none)
         self.plan.hooks.clear()
+        self.follow(running=True)
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:
@@ -277,7 +278,7 @@ class KFQN(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with counters in groups; loads under `weights_only=True`. With `owners` every rank calls it."""
-        self.follow_model()  # before torch numbers the parameters
+        self.follow()  # before torch numbers the parameters
         checkpoint.write_counters(self)
         with whole(self.plan.layer_groups):
             return super().state_dict()
@@ -289,7 +290,7 @@ class KFQN(torch.optim.Optimizer):
         Raises:
             ValueError: if the state was saved by another optimizer, with other options, or for another model.
         """
-        self.follow_model()
+        self.follow()
         with checkpoint.changed_by_hooks(self, state_dict) as state_dict:
             saved, groups, counters = checkpoint.unpacked(state_dict, self.param_groups, self.defaults)
             checkpoint.adopt_history(self, saved)

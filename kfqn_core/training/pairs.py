@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +16,7 @@ from kfqn_core.parallel.ranks import Ranks
 from kfqn_core.parallel.shards import local
 from kfqn_core.training.groups import Group
 from kfqn_core.training.options import Options
+from kfqn_core.training.rounds import learns, where_due
 from kfqn_core.training.second_pass import SecondPass
 
 
@@ -30,17 +31,23 @@ class Pairs(Protocol):
     every_step: bool
     share: float
 
-    def evaluate(self, closure: Callable[[], Any] | None, refresh: bool) -> Any:
-        """Run the closure, if there is one, and return its loss. RuntimeError if one is needed."""
+    def evaluate(self, closure: Callable[[], Any] | None, again: bool) -> Any:
+        """Run the closure, if there is one, and return its loss; `again` if an update may follow.
+
+        Raises:
+            RuntimeError: if a closure is needed.
+        """
 
     def before(self, groups: Sequence[Group], records: Mapping[str, Record]) -> Sequence[AnyBatch]:
         """Before the move: the statistics of this mini-batch that it will need, wanted."""
 
-    def after(self, groups: Sequence[Group], hooks: Hooks, records: Mapping[str, Record]) -> Sequence[AnyBatch]:
-        """After the move: look again; the statistics that it needs besides, wanted."""
+    def after(
+        self, groups: Sequence[Group], hooks: Hooks, records: Mapping[str, Record], due: Collection[str]
+    ) -> Sequence[AnyBatch]:  # fmt: skip
+        """After the move: look again, if a layer is due; the statistics that it needs besides, wanted."""
 
-    def learn(self, finite: Tensor, refresh: bool) -> None:
-        """Then: update every `H_g`, where the bool scalar `finite` holds."""
+    def learn(self, finite: Tensor, due: Collection[str]) -> None:
+        """Then: update every `H_g` that is due, by the names of the layers, where the bool scalar `finite` holds."""
 
 
 def source(options: Options, model: nn.Module, parameters: Callable[[], Sequence[nn.Parameter]], ranks: Ranks) -> Pairs:
@@ -59,7 +66,7 @@ class NoPairs:
     every_step = False
     share: float = 1.0
 
-    def evaluate(self, closure: Callable[[], Any] | None, refresh: bool) -> Any:
+    def evaluate(self, closure: Callable[[], Any] | None, again: bool) -> Any:
         """The closure's loss, or None."""
         with torch.enable_grad():
             return closure and closure()
@@ -68,11 +75,13 @@ class NoPairs:
         """Nothing."""
         return ()
 
-    def after(self, groups: Sequence[Group], hooks: Hooks, records: Mapping[str, Record]) -> Sequence[AnyBatch]:
+    def after(
+        self, groups: Sequence[Group], hooks: Hooks, records: Mapping[str, Record], due: Collection[str]
+    ) -> Sequence[AnyBatch]:  # fmt: skip
         """Nothing."""
         return ()
 
-    def learn(self, finite: Tensor, refresh: bool) -> None:
+    def learn(self, finite: Tensor, due: Collection[str]) -> None:
         """Nothing."""
 
 
@@ -93,10 +102,14 @@ class NextBatch(NoPairs):
         self._batches = {group: _wanting(batch) for group, batch in batches.items() if batch is not None}
         return list(self._batches.values())
 
-    def learn(self, finite: Tensor, refresh: bool) -> None:
+    def learn(self, finite: Tensor, due: Collection[str]) -> None:
         """Compare with the mini-batch before, and remember this one."""
         for group, batch in self._batches.items():
-            group.learn_from_next(batch, refresh, finite.to(group.started.device))
+            taken = finite.to(group.started.device)
+            where = where_due(group, due, taken)
+            group.learn_from_next(batch, learns(group, due), where)
+            if where is not taken:
+                group.learn_from_next(batch, False, taken)  # the others are remembered, too
         self._batches = {}
 
 
@@ -143,7 +156,7 @@ class SamePoint(NoPairs):
         }
         return {**vars(self), **passing}
 
-    def evaluate(self, closure: Callable[[], Any] | None, refresh: bool) -> Any:
+    def evaluate(self, closure: Callable[[], Any] | None, again: bool) -> Any:
         """The closure's loss, for the first time.
 
         Raises:
@@ -155,28 +168,31 @@ class SamePoint(NoPairs):
                 "that zeroes gradients, computes the loss, calls backward and returns the loss"
             )
         self._closure, self._began, self._loss_after = closure, next(serials), None
-        self._again = SecondPass(self._model, self._parameters()) if refresh else None
+        self._again = SecondPass(self._model, self._parameters()) if again else None
         with torch.enable_grad():
             loss = closure()
         if self._again is not None:
             self._again.protect(loss)
-        if self._safeguard and refresh:
+        if self._safeguard and again:
             if loss is None:
                 raise RuntimeError("safeguard compares losses: the closure must return the loss")
             self._loss = loss.detach() if isinstance(loss, Tensor) else loss
             self._before = [(own := local(p.detach()), own.clone()) for p in self._parameters() if p.requires_grad]
         return loss
 
-    def after(self, groups: Sequence[Group], hooks: Hooks, records: Mapping[str, Record]) -> Sequence[AnyBatch]:
+    def after(
+        self, groups: Sequence[Group], hooks: Hooks, records: Mapping[str, Record], due: Collection[str]
+    ) -> Sequence[AnyBatch]:  # fmt: skip
         """Evaluate again: the means of outputs and gradients of what ran inside the closure, both times."""
-        if self._again is None or self._closure is None:
+        if self._again is None or self._closure is None or not due:
+            self._again, self._closure, self._before = None, None, []
             return ()
         self._shorten()
         after = self._evaluate_again(hooks)
         self._take_back()
         before = {name: record.since(self._began) for name, record in records.items()}
         # A layer of which the two evaluations show different uses has no pair: they are not comparable.
-        alike = [name for name in before if name in after and before[name].uses_alike(after[name])]
+        alike = [name for name in due if name in before and name in after and before[name].uses_alike(after[name])]
         for group in groups:
             batches = [group.batch({n: of[n] for n in alike}, outputs=True) for of in (before, after)]
             known = [_wanting(batch) for batch in batches if batch is not None]
@@ -184,7 +200,7 @@ class SamePoint(NoPairs):
                 self._batches[group] = known
         return [batch for both in self._batches.values() for batch in both]
 
-    def learn(self, finite: Tensor, refresh: bool) -> None:
+    def learn(self, finite: Tensor, due: Collection[str]) -> None:
         """Compare."""
         for group, (before, after) in self._batches.items():
             group.learn(before, after, finite.to(group.started.device))

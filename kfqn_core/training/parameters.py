@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,11 @@ def device_of(params: Sequence[Tensor]) -> torch.device:
     return params[0].device if params else torch.device("cpu")
 
 
+def trains(p: nn.Parameter) -> bool:
+    """Whether a parameter moves, or will: what has a gradient does, though it was frozen since, as with Adam."""
+    return p.requires_grad or p.grad is not None
+
+
 def completed(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """A parameter group with the defaults for what it does not say, and the largest rate that it has had.
 
@@ -68,39 +73,53 @@ def refuse_sparse(params: Iterable[Tensor]) -> None:
             )
 
 
+def owned(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:
+    """`named_parameters`, with the modules that hold them."""
+    modules = dict(model.named_modules())
+    return {name: (modules[name.rpartition(".")[0]], p) for name, p in model.named_parameters()}
+
+
 def follow(
-    model: nn.Module, groups: list[dict[str, Any]], known: Mapping[str, nn.Parameter], *, whole: bool
-) -> list[tuple[nn.Parameter, nn.Parameter]]:  # fmt: skip
+    model: nn.Module, groups: list[dict[str, Any]], known: Mapping[str, tuple[nn.Module, nn.Parameter]],
+    replace: Callable[[nn.Parameter, nn.Parameter], None], *, whole: bool,
+) -> list[nn.Parameter]:  # fmt: skip
     """Bring parameter groups up to date with the model: parameters that were replaced, and, if `whole`, added ones.
 
     Args:
         model: as it is now.
         groups: of the optimizer, changed in place.
-        known: the parameters of the model by name, as they were.
+        known: the parameters of the model by name, as they were (`owned`).
+        replace: told of every parameter that is gone and the one that its module has in its place. What is new with its
+            module takes the place in the groups alone.
         whole: whether the first group is every parameter of the model that is in no other.
 
     Returns:
-        Pairs of a parameter that is gone and the one in its place.
+        The parameters that are new in the groups, and in nobody's place.
 
     Raises:
         TypeError: if parameters are sharded over processes and were not, or the other way round.
     """
     require_spread(model, any(is_shard(p) for group in groups for p in group["params"]))
-    now = dict(model.named_parameters())
+    now = owned(model)
     # What is still there under another name (a layer was inserted or taken out before it) was not replaced.
-    here, before = {id(p) for p in now.values()}, {id(p) for p in known.values()}
+    here, before = {id(p) for _, p in now.values()}, {id(p) for _, p in known.values()}
     replaced = [
-        (old, now[name]) for name, old in known.items()
-        if name in now and id(old) not in here and id(now[name]) not in before
+        (owner, old, *now[name]) for name, (owner, old) in known.items()
+        if name in now and id(old) not in here and id(now[name][1]) not in before
     ]  # fmt: skip
-    new_of = {id(old): new for old, new in replaced}
+    new_of = {id(old): new for _, old, _, new in replaced}
+    held = {id(p) for group in groups for p in group["params"]}
     for group in groups:
         group["params"] = [new_of.get(id(p), p) for p in group["params"]]
     if whole:
         others = {id(p) for group in groups[1:] for p in group["params"]}
         groups[0]["params"] = [p for p in model.parameters() if id(p) not in others]
         groups[0].pop("param_names", None)
-    return replaced
+    for owner, gone, now_owner, new in replaced:
+        if owner is now_owner:
+            replace(gone, new)
+            held.add(id(new))
+    return [p for group in groups for p in group["params"] if id(p) not in held]
 
 
 def follow_peaks(groups: Sequence[dict[str, Any]]) -> None:

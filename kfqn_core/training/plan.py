@@ -8,6 +8,7 @@ the plan while it is frozen, as torch's optimizers keep its state.
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from kfqn_core.training.groups import Group
 from kfqn_core.training.moves import Bench, Moves
 from kfqn_core.training.options import Options
 from kfqn_core.training.owned import owners_of
+from kfqn_core.training.parameters import trains
 from kfqn_core.training.selection import Selected, activation_factors, curvature_layers, shape_key
 from kfqn_core.training.sharded import lengths_over_ranks
 
@@ -56,8 +58,8 @@ class Plan:
         moves: what a step does to all layers of so many groups at once as are not large.
         rest: the parameters that the fallback moves, by parameter group.
         sharded: whether parameters are spread over processes.
-        new: names of layers that the plan before did not hold, or not as this matrix.
         moved: names of layers that a step has moved.
+        late: names of layers that the last update of curvature did not reach, nor a step since.
     """
 
     def __init__(
@@ -77,15 +79,14 @@ class Plan:
         resting = set() if last is None else last.resting()
 
         def may_move(p: nn.Parameter) -> bool:
-            trained = p.requires_grad or id(p) in resting
-            return trained and id(p) in where and param_groups[where[id(p)]]["curvature"]
+            return (trains(p) or id(p) in resting) and id(p) in where and param_groups[where[id(p)]]["curvature"]
 
         layers = curvature_layers(model, may_move)
-        former = self._former = {} if last is None else _former_names(layers, last)
+        former = {} if last is None else _former_names(layers, last)
         moved = set() if last is None else {name for name, old in former.items() if old in last.moved}
         layers = {
             name: layer for name, layer in layers.items()
-            if name not in refused and (layer.weight.requires_grad or name in moved)
+            if name not in refused and (trains(layer.weight) or name in moved)
         }  # fmt: skip
         if options.pairs is not None:
             layers = {name: layer for name, layer in layers.items() if layer.part.shows_h}
@@ -105,21 +106,24 @@ class Plan:
         self.places: dict[str, tuple[Group, int]] = {name: places[name] for name in layers}  # in the order of the model
         covered = {id(p) for layer in layers.values() for p in layer.parameters}
         self.rest = [
-            [p for p in group["params"] if (p.requires_grad or p in fallback.state) and id(p) not in covered]
+            [p for p in group["params"] if (trains(p) or p in fallback.state) and id(p) not in covered]
             for group in param_groups
         ]
         for p in (p for params in self.rest for p in params):
             fallback.adopt(p, device)
         self.sharded = any(is_shard(p) for group in param_groups for p in group["params"])
         self._fingerprint = self._look(param_groups)
+        self._frozen = [p for p in model.parameters() if not trains(p)]
         self.moves = _moves(self.groups)
         watched = {} if device is not None else {n: (layer.module, layer.part) for n, layer in layers.items()}
-        self.hooks = Hooks(watched, outputs=options.pairs is not None, ranks=ranks)
+        last_hooks = None if last is None else last.hooks
+        self.hooks: Hooks = Hooks(watched, outputs=options.pairs is not None, ranks=ranks, last=last_hooks)
         few = options.activation_factor in ("auto", "low_rank", "diagonal")
         for name in self.hooks:
             self.hooks[name].vectors = ROWS if few else None
-        self.new: set[str] = set()
         self.moved: set[str] = moved & self.places.keys()
+        late = () if last is None else (name for name, old in former.items() if old in last.late)
+        self.late: set[str] = self.places.keys() & set(late)
         self._watched: dict[int, Any] = {}  # by group, what its hooks were told last
         if last is not None:
             self._take_over(last, former)
@@ -148,10 +152,8 @@ class Plan:
 
     def _take_over(self, last: Plan, former: Mapping[str, str]) -> None:
         """What was learnt of a layer goes along; of another matrix in its place (a bias was frozen), the momentum."""
-        last.hooks.remove()
         for name, (group, i) in self.places.items():
             if name not in former:
-                self.new.add(name)
                 continue
             old, j = last.places[former[name]]
             weight, bias = old.state(j)
@@ -161,16 +163,9 @@ class Plan:
                 if j not in old.unsettled:
                     group.unsettled.discard(i)
                 continue
-            self.new.add(name)
             for side, (own, saved) in enumerate(zip(group.state(i), (weight, bias), strict=True)):
                 if "M" in own and "M" in saved and own["M"].shape == saved["M"].shape and not saved["M"].is_meta:
                     group.load_momentum(i, side, saved["M"])
-
-    def adopt(self, records: dict[str, Record]) -> None:
-        """Give what hooks of the last plan have seen the names of this one; what is another matrix now is dropped."""
-        seen = {name: records.get(old) for name, old in self._former.items() if name in self.places.keys() - self.new}
-        records.clear()
-        records.update((name, record) for name, record in seen.items() if record is not None)
 
     def has_learnt(self, name: str) -> bool:
         """Whether the layer of that name was moved, or has a first estimate."""
@@ -196,8 +191,7 @@ class Plan:
                 group.ask()
         names = [name for name, (group, i) in self.places.items() if i in group.unsettled]
         flags = [
-            self.layer(name).weight.requires_grad and self.layer(name).weight.grad is not None
-            and name not in records and not self.hooks[name].empty
+            self.layer(name).weight.grad is not None and name not in records and not self.hooks[name].empty
             for name in names
         ]  # fmt: skip
         seen = [name in records and records[name].has_inputs for name in names]
@@ -225,18 +219,39 @@ class Plan:
         some = Answer(torch.stack([size != 0 for size in sizes])).known(wait=True)
         return [name for name, differs in zip(unseen, some or [True] * len(unseen), strict=True) if differs]
 
+    def due(self, records: Mapping[str, Record], *, refresh: bool) -> set[str]:
+        """Names of the layers whose curvature this step updates: those that an update reaches, or has missed.
+
+        Every `refresh` steps that is all of them. One that has no part in such a step follows in the next that it has a
+        part in: tasks that alternate would else, with an interval that fits, teach one of them alone. Ranks must
+        agree: what they have in common are the gradients.
+
+        Args:
+            records: of what was seen on this rank.
+            refresh: whether this step updates all.
+        """
+        waiting = self.places.keys() if refresh else self.late
+        reached = {
+            name for name in waiting
+            if (name in records and records[name].has_inputs if self._ranks.alone
+                else self.layer(name).weight.grad is not None)
+        }  # fmt: skip
+        self.late = set(waiting) - reached
+        return set(waiting) if refresh else reached
+
     def watch(self, refresh: bool, *, every_step: bool) -> None:
         """Look at the mini-batches of the next step only where it needs them: between updates gradients are enough."""
         for group, _ in self.groups:
             if self._ranks.alone:
                 group.ask()
             always = refresh or every_step or group.activation.every_step
-            now = (always, frozenset(group.unsettled))
+            late = () if always or not self.late else (i for i, of in enumerate(group.layers) if of.name in self.late)
+            now = (always, frozenset(group.unsettled.union(late)))
             if self._watched.get(id(group)) == now:
                 continue
             self._watched[id(group)] = now
             for i, layer in enumerate(group.layers):
-                self.hooks[layer.name].watching = always or i in group.unsettled
+                self.hooks[layer.name].watching = always or i in now[1]
 
     def watch_all(self) -> None:
         """Look at the mini-batches of the next step, whatever it needs."""
@@ -249,17 +264,33 @@ class Plan:
         group, i = self.places[name]
         return group.layers[i]
 
-    def holds(self, param_groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether model and parameter groups are what this plan was made for."""
+    def holds(self, param_groups: Sequence[Mapping[str, Any]], *, running: bool = False) -> bool:
+        """Whether model and parameter groups are what this plan was made for.
+
+        Where the model is about to run (`running`), whether nothing is in it that it did not have: a part that is
+        frozen for the moment, as critics are, changes nothing until a step.
+        """
+        if self.sharded and running:
+            return True  # its parameters may stand there whole
         if self.sharded:
             reshard(self._modules)
         objects, flags = self._look(param_groups, self._modules)
         known_objects, known_flags = self._fingerprint
-        return (
+        unchanged = (
             len(objects) == len(known_objects)
             and all(map(operator.is_, objects, known_objects))
             and flags == known_flags
         )
+        return unchanged or (running and not self._lacks())
+
+    def _lacks(self) -> bool:
+        """Whether a parameter trains that was frozen when the plan was made, or is that of a module that is new.
+
+        A new parameter of a known module may be there for this one forward (`torch.func.functional_call`).
+        """
+        modules = set(map(id, self._modules))
+        new = (p for module in self.model.modules() if id(module) not in modules for p in module._parameters.values())
+        return any(p is not None and trains(p) for p in itertools.chain(self._frozen, new))
 
     def _look(
         self, param_groups: Sequence[Mapping[str, Any]], modules: Sequence[nn.Module] | None = None
@@ -270,10 +301,11 @@ class Plan:
         named = [item for module in modules for item in module._parameters.items()]
         params, names = [p for _, p in named], [name for name, _ in named]  # pruning only gives a weight another name
         children = [child for module in modules for child in module._modules.values()]
-        flags = [None if p is None else (p.requires_grad, p.dtype, p.device) for p in params]
+        flags = [None if p is None else (trains(p), p.dtype, p.device) for p in params]
+        forwards = ["forward" in vars(module) for module in modules]  # replaced: no layer that is known
         groups: list[Any] = [(len(group["params"]), group["curvature"]) for group in param_groups]
-        loose = [p.requires_grad for group in param_groups for p in group["params"]]
-        return params + children, flags + groups + loose + names
+        loose = [trains(p) for group in param_groups for p in group["params"]]
+        return params + children, flags + groups + loose + names + forwards
 
     def no_autocast(self) -> torch.autocast:
         """Curvature needs its digits, also where a user's whole training step stands under autocast."""
@@ -305,16 +337,20 @@ class Plan:
 def _former_names(layers: Mapping[str, Selected], last: Plan) -> dict[str, str]:
     """By name, what layers were called in the last plan, if they were there.
 
-    A layer is where its weight is, under whatever name; or, where a weight was replaced, under the name it had. One
-    that was frozen and put somewhere else (into an adapter) is let go.
+    A layer is where its weight is, under whatever name; or, where the weight of a module was replaced, under the name
+    it had. A new module in its place begins anew, and one that was frozen and put somewhere else (into an adapter) is
+    let go.
     """
     names = {id(last.layer(name).weight): name for name in last.places}
     here = {id(layer.weight) for layer in layers.values()}
     former = {
         name: old for name, layer in layers.items()
-        if (old := names.get(id(layer.weight))) is not None and (layer.weight.requires_grad or name == old)
+        if (old := names.get(id(layer.weight))) is not None and (trains(layer.weight) or name == old)
     }  # fmt: skip
-    replaced = (name for name in layers if name not in former and name in last.places)
+    replaced = (
+        name for name, layer in layers.items()
+        if name not in former and name in last.places and last.layer(name).module is layer.module
+    )  # fmt: skip
     return former | {name: name for name in replaced if id(last.layer(name).weight) not in here}
 
 

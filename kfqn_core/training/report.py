@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from torch import nn
 
+from kfqn_core.estimate.statistics import Record
 from kfqn_core.training.fallback import Fallback
 from kfqn_core.training.plan import Plan, adam_bytes
+
+if TYPE_CHECKING:
+    from kfqn_core.training.optimizer import KFQN
 
 FEW = 0.5  # the share of weights with curvature below which a word is due
 
@@ -74,17 +79,25 @@ def say_coverage(
     )
 
 
-def say_unseen(plan: Plan, fallback: Fallback, names: list[str], *, before: Collection[str]) -> None:
-    """Say that the weights of these layers have a gradient which none of their forwards explains.
+def judge_unseen(optimizer: KFQN, records: Mapping[str, Record]) -> set[str]:
+    """Leave layers to the fallback, and say so, whose weight has a gradient that none of their forwards explains.
 
     Args:
-        plan: that holds the layers.
-        names: of the layers.
-        before: the names of layers of which that was said before.
+        optimizer: whose layers they are.
+        records: of what was seen.
+
+    Returns:
+        Names of the layers without a first estimate that some rank has seen.
 
     Raises:
         RuntimeError: if no layer was ever seen; else it is a warning.
     """
+    plan, before = optimizer.plan, optimizer.history.refused
+    unseen, elsewhere = plan.survey(records)
+    anew, optimizer.history.anew = optimizer.history.anew, False
+    names = [] if anew else plan.unexplained(unseen)
+    if not names:
+        return elsewhere
     errors = "; ".join(sorted({plan.hooks[name].error for name in names} - {""}))
     if not before and len(names) == len(plan.places):
         raise RuntimeError(
@@ -94,6 +107,8 @@ def say_unseen(plan: Plan, fallback: Fallback, names: list[str], *, before: Coll
         )
     warnings.warn(
         f"{', '.join(names)}: the weight has a gradient, but no forward of the layer explains it (something else reads "
-        f"the weight, or its input is no h = W a): it moves {fallback.how}. {errors}",
+        f"the weight, or its input is no h = W a): it moves {optimizer.fallback.how}. {errors}",
         stacklevel=6,
     )
+    optimizer.leave(names)
+    return elsewhere

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kfqn_core.estimate.activation import Activation, ActivationFactor, ExactActivationFactor, update_together
@@ -24,7 +25,12 @@ Batches = Mapping[Group, AnyBatch]
 
 
 def seen(
-    groups: Iterable[Group], records: Mapping[str, Record], elsewhere: Collection[str], *, average: bool, refresh: bool
+    groups: Iterable[Group],
+    records: Mapping[str, Record],
+    elsewhere: Collection[str],
+    *,
+    average: bool,
+    due: Collection[str],
 ) -> dict[Group, AnyBatch]:
     """The statistics of the groups that learn of `H_a` in this step; the first round is wanted.
 
@@ -33,14 +39,14 @@ def seen(
         records: of this rank.
         elsewhere: names of the layers without a first estimate that some rank has seen.
         average: whether a running `A` takes the mini-batch in.
-        refresh: whether curvature is updated.
+        due: names of the layers whose curvature is updated.
     """
     batches: dict[Group, AnyBatch] = {}
     for group in groups:
         batch = group.batch(records)
         if isinstance(batch, SharedBatch):
             start = group.starts(batch, elsewhere)
-            names = first_asked(group.activation, start=start, average=average, update=refresh)
+            names = first_asked(group.activation, start=start, average=average, update=learns(group, due))
             if not names:
                 continue
             batch.want(*names, *(["locations"] if group.options.split else []))
@@ -69,18 +75,23 @@ def first_round(ranks: Ranks, batches: Iterable[AnyBatch], finite: Tensor) -> Te
     return share(ranks, _shared(batches), finite)
 
 
-def second_round(ranks: Ranks, batches: Batches, pairs: Iterable[AnyBatch]) -> dict[Group, Tensor]:
+def second_round(
+    ranks: Ranks, batches: Batches, due: Collection[str], pairs: Iterable[AnyBatch]
+) -> dict[Group, Tensor]:  # fmt: skip
     """Fetch what updates of `H_a`, and `pairs`, ask for.
 
     Args:
         ranks: that have a part of the mini-batch each.
-        batches: of the groups whose `H_a` is updated.
+        batches: by group.
+        due: names of the layers whose `H_a` is updated.
         pairs: statistics that want something.
 
     Returns:
         The vectors along which the action of `A` was fetched.
     """
-    shared = {group: batch for group, batch in batches.items() if isinstance(batch, SharedBatch)}
+    shared = {
+        group: batch for group, batch in batches.items() if isinstance(batch, SharedBatch) and learns(group, due)
+    }  # fmt: skip
     wanted = {group: group.activation.probe(batch) for group, batch in shared.items()}
     probes = along({group: v for group, v in wanted.items() if v is not None})
     for group, v in probes.items():
@@ -89,25 +100,41 @@ def second_round(ranks: Ranks, batches: Batches, pairs: Iterable[AnyBatch]) -> d
     return probes
 
 
-def update(batches: Batches, finite: Tensor, probes: Mapping[Group, Tensor] | None = None) -> None:
-    """One update of every `H_a` kept here, where `finite` holds, for the layers that were seen and have been started.
+def update(
+    batches: Batches, finite: Tensor, due: Collection[str], probes: Mapping[Group, Tensor] | None = None
+) -> None:  # fmt: skip
+    """One update of every `H_a` kept here that is due, where `finite` holds, the layer was seen and has been started.
 
     Args:
         batches: by group.
         finite: bool scalar.
+        due: names of layers.
         probes: what `second_round` returned.
     """
     probes = probes or {}
     alike: dict[Any, list[Group]] = {}
-    for group in (group for group in batches if group.held):
+    for group in (group for group in batches if group.held and learns(group, due)):
         alike.setdefault((group.M.W.dtype, group.M.W.device), []).append(group)
     for groups in alike.values():
         update_together(
             [group.activation for group in groups],
             [batches[group] for group in groups],
-            [group.updating(batches[group], finite) for group in groups],
+            [group.updating(batches[group], where_due(group, due, finite)) for group in groups],
             [probes.get(group) for group in groups],
         )
+
+
+def learns(group: Group, due: Collection[str]) -> bool:
+    """Whether the curvature of one of its layers is `due`."""
+    return any(layer.name in due for layer in group.layers)
+
+
+def where_due(group: Group, due: Collection[str], finite: Tensor) -> Tensor:
+    """Where the bool scalar `finite` holds and a layer is `due`: a scalar if all of them are, else `[B]`."""
+    own = [layer.name in due for layer in group.layers]
+    if all(own):
+        return finite
+    return finite & torch.tensor(own, device=finite.device).repeat_interleave(group.groups)
 
 
 def _shared(batches: Iterable[AnyBatch]) -> list[SharedBatch]:

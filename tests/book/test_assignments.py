@@ -19,6 +19,8 @@ WITH_EXERCISES = [chapter for chapter in BOOK.chapters if chapter.number is not 
 @pytest.mark.parametrize("chapter", WITH_EXERCISES, ids=lambda chapter: chapter.slug)
 def test_solutions_get_full_points_and_nothing_else_does(chapter, tmp_path):
     notebook = assignment.teachers(BOOK, chapter, NUMBERS, wheel=None)
+    wide = [line for cell in notebook.cells if "HIDDEN" in cell.source for line in cell.source.splitlines()]
+    assert max(map(len, wide), default=0) <= 95, "whoever marks by hand reads it in a box of this width"
     trials = [f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom tools.verification import *"]
     for task in assignment.exercises_of(BOOK, chapter):
         arguments = f"globals(), {task.where!r}, {task.solution!r}"

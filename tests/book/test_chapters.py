@@ -120,6 +120,19 @@ def test_code_fits_the_column_of_a_page(chapter, notebook):
             assert len(line) <= 95, f"{source.describe(chapter, number, cell)}: {len(line)} columns: {line}"
 
 
+BEGINS_A_BLOCK = re.compile(r"[ \t]*(?:[-+*]|1[.)]|#{1,6}|>)[ \t]")
+
+
+@each(BOOK.chapters)
+def test_no_line_of_a_formula_in_a_sentence_begins_a_list(chapter, notebook):
+    """A line such as `+ b$` ends the paragraph, and the formula is shown as it was typed."""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            text = re.sub(r"`+[^`]*`+|\\\$|\$\$.*?\$\$", "", cell.source, flags=re.DOTALL)
+            lines = [line for formula in re.findall(r"\$[^$]*\$", text) for line in formula.splitlines()[1:]]
+            assert not [line for line in lines if BEGINS_A_BLOCK.match(line)]
+
+
 @each(CORE)
 def test_a_chapter_can_be_read_in_one_sitting(chapter, notebook):
     words = code = before = 0

@@ -222,6 +222,41 @@ def test_help_builds_nothing(tmp_path):
     assert not (root / "course").exists()
 
 
+def test_what_cannot_be_graded_is_named_with_its_reason(released, capsys):
+    place = released / "course"
+    notebook = (place / "release" / "01-one" / "01-one.ipynb").read_text()
+    for name, text in (
+        ("ann/01-one/01-one (1).ipynb", notebook),  # as browsers name the second download
+        ("bob/01/01-one.ipynb", notebook),
+        ("eve/01-one/01-one.ipynb", "<html>Please log in</html>"),
+        ("eve/01-one/.ipynb_checkpoints/01-one-checkpoint.ipynb", notebook),
+        ("eve/exam/exam.ipynb", notebook),  # of an assignment of the lecturer's own
+    ):
+        (place / "submitted" / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / "submitted" / name).write_text(text)
+    (place / "source" / "exam").mkdir()
+    (place / "source" / "exam" / "exam.ipynb").write_text(notebook)
+    made = book(released, tiny.EXERCISE, SECOND)
+    assert marking.run(made, place, course.choose(made, []), False) == 1
+    said = capsys.readouterr()
+    assert "0 graded, 3 failed" in said.out
+    lines = [line for line in said.err.splitlines() if "NOT GRADED" in line]
+    assert len(lines) == 3
+    assert lines[0].startswith("01-one  eve  NOT GRADED: nbformat.reader.NotJSONError: Notebook does not appear to be")
+    assert lines[1].startswith("submitted/ann/01-one/01-one (1).ipynb  NOT GRADED: a notebook counts in")
+    assert lines[2].startswith("submitted/bob/01/01-one.ipynb  NOT GRADED: a notebook counts in")
+
+
+@pytest.mark.parametrize("user", [0, 1000])
+def test_the_formgrader_starts_in_a_container_too(released, monkeypatch, user):
+    commands = []
+    monkeypatch.setattr(course.os, "getuid", lambda: user)
+    done = subprocess.CompletedProcess([], 0)
+    monkeypatch.setattr(course.subprocess, "run", lambda command, **_: commands.append(command) or done)
+    assert course.formgrader(released / "course") == 0
+    assert ("--allow-root" in commands[0]) == (user == 0)
+
+
 def test_no_course_yet(tmp_path):
     root = tiny.install_tools(tiny.write(tmp_path, ("01-one", "One", tiny.EXERCISE)))
     for task in ("grade", "formgrader"):

@@ -87,6 +87,11 @@ def test_a_failure_is_forgotten_with_the_text_that_failed(tmp_path):
     assert not notebooks.running(book, chapter).exists()
 
 
+def test_an_appendix_that_is_to_be_executed_is_called_by_its_name(tmp_path):
+    book = manifest.load(tiny.write(tmp_path, ("notation", "Notation", "\nWords.\n"), cnotation={"tier": "appendix"}))
+    assert "1 of 1 chapters (notation)" in notebooks.outlook(book, book.chapters)
+
+
 def test_a_reader_sees_how_far_a_chapter_is(tmp_path, monkeypatch):
     book = manifest.load(tiny.write(tmp_path, ("08-one", "One of $H_g$", tiny.CLAIM + tiny.EXERCISE)))
     (chapter,) = book.chapters

@@ -62,6 +62,16 @@ def test_nothing_is_cut(tab, page, width):
 
 
 @each
+def test_formulas_fit_the_column_of_a_wide_window(tab, page):
+    """What is wider scrolls, as everything does on a telephone; on a desk nobody should have to."""
+    tab.open(page, 1280)
+    wide = """Array.from(document.querySelectorAll("article mjx-container[display='true']")).map(box =>
+      [Math.round(box.querySelector("mjx-math").getBoundingClientRect().width - box.clientWidth),
+       box.closest("div.math").id || box.closest("section").id]).filter(([over]) => over > 1)"""
+    assert tab.run(wide) == []
+
+
+@each
 def test_the_keyboard_stops_at_what_can_be_used_and_not_at_formulas(tab, page):
     tab.open(page)
     assert tab.run("document.querySelectorAll('.math [tabindex=\"0\"]:not(.wide)').length") == 0

@@ -48,7 +48,7 @@ def book(tmp_path_factory):
     )
     tiny.install_tools(root)
     (root / "chapters" / "references.bib").write_text(BIB)
-    (root / "chapters" / "index.md").write_text("# A tiny book\n\nHome.\n")
+    (root / "chapters" / "index.md").write_text("# A tiny book\n\nHome.\n\n## The map\n")
     book = manifest.load(root)
     for chapter in book.chapters:
         notebook = source.read(book, chapter)
@@ -88,6 +88,7 @@ def test_students_get_no_solution_and_teachers_do(book):
     for text in ("plt.subplots()", "Show the code", "Hide the code"):  # the code of figures
         assert text not in student + instructor
     assert "Instructor's edition" in instructor
+    assert "The map" not in student + instructor, "a heading of a list of pages, which is left out"
 
 
 @pytest.mark.parametrize("kind", sorted(edition.EDITIONS))

@@ -27,6 +27,7 @@ def test_toggles_are_named_by_what_is_in_them():
         hidden("plot()", **figure),
         hidden("a = b = 1"),
         hidden("a = 2"),
+        hidden("show_source(G.f)"),
         hidden("%timeit f()"),
         hidden("def f():\n    pass\n\nclass G:\n    pass"),
     ) == [
@@ -35,8 +36,9 @@ def test_toggles_are_named_by_what_is_in_them():
         "Show the code of Fig. 2.2",
         "Show the code: a, b",
         "Show the code: a",
-        "Show the code: cell 6",
-        "Show the code: f, G (cell 7)",
+        "Show the code: G.f",
+        "Show the code: cell 7",
+        "Show the code: f, G (cell 8)",
     ]
 
 

@@ -411,3 +411,21 @@ def test_rest_of_the_trainer_goes_on_with_a_closure_and_a_scheduler():
             losses.append(optimizer.step(closure).item())
             schedule.step()
     assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize(("later", "warned"), [([16, 8], False), ([16], True)])
+def test_a_closure_that_draws_its_mini_batches_has_no_pair_of_two_that_are_not_alike(later, warned):
+    """Of another size, or none at all: README says that a closure draws nothing."""
+    model = mlp(5, 8, 3)
+    optimizer, batches = KFQN(model, lr=0.05, pairs="second_pass"), iter([x[:size] for size in later])
+    with heard() as messages:
+        optimizer.step(lambda: backward_of(model, next(batches)))
+    assert ["StopIteration" in text for text in messages] == [True] * warned
+    assert all(layer.gradient.s_mean.abs().max() == 0 for layer in optimizer.layers.values())
+    assert all(layer.started for layer in optimizer.layers.values())
+
+
+def backward_of(model, batch):
+    loss = model(batch).square().mean()
+    loss.backward()
+    return loss
