@@ -54,14 +54,14 @@ class Hooks:
         outputs: whether sums of `h` and of its gradient are wanted; without them only inputs are kept.
         ranks: told which processes run the layers.
         last: those of before: who watches a matrix that is still there goes on, with what it has seen, under
-            whatever name; the others are removed.
+            whatever name; the others are removed. If all of them were (`remove`), nothing is registered again.
     """
 
     def __init__(
         self, layers: Mapping[str, tuple[nn.Module, Part]], *, outputs: bool, ranks: Ranks | None = None,
         last: Hooks | None = None,
     ):  # fmt: skip
-        self.ranks = ranks or Ranks()
+        self.ranks, self.removed = ranks or Ranks(), False
         before = {} if last is None else {watch.matrix: watch for watch in map(last.__getitem__, last)}
         self._watches: dict[str, Watch] = {}
         for name, (module, part) in layers.items():
@@ -71,6 +71,8 @@ class Hooks:
             self._watches[name] = watch
         for watch in set(before.values()).difference(self._watches.values()):
             watch.remove()
+        if last is not None and last.removed:
+            self.remove()
 
     def __getitem__(self, name: str) -> Watch:
         return self._watches[name]
@@ -89,7 +91,8 @@ class Hooks:
             watch.clear()
 
     def remove(self) -> None:
-        """Take every hook off the model."""
+        """Take every hook off the model, for good."""
+        self.removed = True
         for watch in self._watches.values():
             watch.remove()
 

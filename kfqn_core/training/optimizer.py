@@ -184,7 +184,7 @@ class KFQN(torch.optim.Optimizer):
 
         with self.plan.no_autocast():
             batches = seen(groups, records, elsewhere, average=average, due=due)
-            finite = first_round(self.ranks, [*batches.values(), *self.pairs.before(groups, records)], finite)
+            finite = first_round(self.ranks, [*batches.values(), *self.pairs.before(groups, records, due)], finite)
             self.skips.count(finite)
             for group, batch in batches.items():
                 group.observe(batch, finite.to(group.started.device), average=average, elsewhere=elsewhere)

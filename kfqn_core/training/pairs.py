@@ -38,8 +38,10 @@ class Pairs(Protocol):
             RuntimeError: if a closure is needed.
         """
 
-    def before(self, groups: Sequence[Group], records: Mapping[str, Record]) -> Sequence[AnyBatch]:
-        """Before the move: the statistics of this mini-batch that it will need, wanted."""
+    def before(
+        self, groups: Sequence[Group], records: Mapping[str, Record], due: Collection[str]
+    ) -> Sequence[AnyBatch]:  # fmt: skip
+        """Before the move: the statistics of this mini-batch that it will need, wanted; `due` are names of layers."""
 
     def after(
         self, groups: Sequence[Group], hooks: Hooks, records: Mapping[str, Record], due: Collection[str]
@@ -71,7 +73,9 @@ class NoPairs:
         with torch.enable_grad():
             return closure and closure()
 
-    def before(self, groups: Sequence[Group], records: Mapping[str, Record]) -> Sequence[AnyBatch]:
+    def before(
+        self, groups: Sequence[Group], records: Mapping[str, Record], due: Collection[str]
+    ) -> Sequence[AnyBatch]:  # fmt: skip
         """Nothing."""
         return ()
 
@@ -96,7 +100,9 @@ class NextBatch(NoPairs):
     def __getstate__(self) -> dict[str, Any]:
         return {"_batches": {}}
 
-    def before(self, groups: Sequence[Group], records: Mapping[str, Record]) -> Sequence[AnyBatch]:
+    def before(
+        self, groups: Sequence[Group], records: Mapping[str, Record], due: Collection[str]
+    ) -> Sequence[AnyBatch]:  # fmt: skip
         """The means of outputs and gradients."""
         batches = {group: group.batch(records, outputs=True) for group in groups}
         self._batches = {group: _wanting(batch) for group, batch in batches.items() if batch is not None}
@@ -106,8 +112,9 @@ class NextBatch(NoPairs):
         """Compare with the mini-batch before, and remember this one."""
         for group, batch in self._batches.items():
             taken = finite.to(group.started.device)
-            where = where_due(group, due, taken)
-            group.learn_from_next(batch, learns(group, due), where)
+            where = where_due(group, due, taken) if learns(group, due) else None
+            if where is not None:
+                group.learn_from_next(batch, True, where)
             if where is not taken:
                 group.learn_from_next(batch, False, taken)  # the others are remembered, too
         self._batches = {}
@@ -177,15 +184,22 @@ class SamePoint(NoPairs):
             if loss is None:
                 raise RuntimeError("safeguard compares losses: the closure must return the loss")
             self._loss = loss.detach() if isinstance(loss, Tensor) else loss
-            self._before = [(own := local(p.detach()), own.clone()) for p in self._parameters() if p.requires_grad]
         return loss
+
+    def before(
+        self, groups: Sequence[Group], records: Mapping[str, Record], due: Collection[str]
+    ) -> Sequence[AnyBatch]:  # fmt: skip
+        """Nothing; where the step may be taken back, the parameters are kept: not while a layer only waits."""
+        if self._safeguard and self._again is not None and due:
+            self._before = [(own := local(p.detach()), own.clone()) for p in self._parameters() if p.requires_grad]
+        return ()
 
     def after(
         self, groups: Sequence[Group], hooks: Hooks, records: Mapping[str, Record], due: Collection[str]
     ) -> Sequence[AnyBatch]:  # fmt: skip
         """Evaluate again: the means of outputs and gradients of what ran inside the closure, both times."""
         if self._again is None or self._closure is None or not due:
-            self._again, self._closure, self._before = None, None, []
+            self._again, self._closure = None, None
             return ()
         self._shorten()
         after = self._evaluate_again(hooks)

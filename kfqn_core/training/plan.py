@@ -113,7 +113,7 @@ class Plan:
             fallback.adopt(p, device)
         self.sharded = any(is_shard(p) for group in param_groups for p in group["params"])
         self._fingerprint = self._look(param_groups)
-        self._frozen = [p for p in model.parameters() if not trains(p)]
+        self._training = {p for group in param_groups for p in group["params"] if trains(p)}
         self.moves = _moves(self.groups)
         watched = {} if device is not None else {n: (layer.module, layer.part) for n, layer in layers.items()}
         last_hooks = None if last is None else last.hooks
@@ -281,16 +281,18 @@ class Plan:
             and all(map(operator.is_, objects, known_objects))
             and flags == known_flags
         )
-        return unchanged or (running and not self._lacks())
+        return unchanged or (running and not self._lacks(param_groups))
 
-    def _lacks(self) -> bool:
-        """Whether a parameter trains that was frozen when the plan was made, or is that of a module that is new.
+    def _lacks(self, param_groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether a parameter trains that was frozen, or not there, when the plan was made.
 
+        One of the optimizer's, or that of a new module: what other optimizers train in the same model changes nothing.
         A new parameter of a known module may be there for this one forward (`torch.func.functional_call`).
         """
         modules = set(map(id, self._modules))
         new = (p for module in self.model.modules() if id(module) not in modules for p in module._parameters.values())
-        return any(p is not None and trains(p) for p in itertools.chain(self._frozen, new))
+        own = (p for group in param_groups for p in group["params"] if p not in self._training)
+        return any(p is not None and trains(p) for p in itertools.chain(own, new))
 
     def _look(
         self, param_groups: Sequence[Mapping[str, Any]], modules: Sequence[nn.Module] | None = None

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kfqn_core import KFQN
 from kfqn_core.lab.ranks import alike
+from kfqn_core.training.groups import Group
 from tests.field.programs import (
     H_of,
     Shadow,
@@ -97,6 +98,36 @@ def test_their_pairs_follow_too(pairs):
     first, second = (layer.gradient.inverse.dense()[0] for layer in optimizer.layers.values())
     begun = KFQN(Tasks(2, True), pairs=pairs).layers["heads.0"].gradient.inverse.dense()[0]
     assert all(error(H, begun) > 1e-2 for H in (first, second))
+
+
+def test_while_a_layer_waits_nothing_is_looked_at_twice_nor_kept(monkeypatch):
+    """One that no step reaches: the steps between updates cost as much as without it."""
+    model, calls, kept = Tasks(2, False), [], []
+    optimizer = KFQN(model, pairs="second_pass", safeguard=True, refresh=4)
+    monkeypatch.setattr("kfqn_core.training.pairs.local", lambda p: kept.append(p) or p)
+
+    def closure():
+        calls.append(None)
+        optimizer.zero_grad()
+        loss = model.heads[1](x).square().mean()
+        loss.backward()
+        return loss
+
+    counts = []
+    for _ in range(9):
+        before = len(calls), len(kept)
+        optimizer.step(closure)
+        counts.append((len(calls) - before[0], len(kept) - before[1]))
+    assert optimizer.plan.late == {"heads.0"}
+    assert counts == [(2, 4), (1, 0), (1, 0), (1, 0)] * 2 + [(2, 4)]
+
+
+def test_between_updates_a_mini_batch_is_remembered_once(monkeypatch):
+    model, learnt = mlp(5, 8, 3), []
+    optimizer = KFQN(model, pairs="next_batch", refresh=3)
+    monkeypatch.setattr(Group, "learn_from_next", lambda self, batch, refresh, finite: learnt.append(refresh))
+    train(optimizer, squares(model), 4)
+    assert learnt == [True, True, False, False, False, False, True, True]
 
 
 def test_a_run_of_tasks_that_take_turns_is_resumed_as_it_was():
@@ -288,6 +319,60 @@ def test_a_critic_that_is_frozen_for_the_generator_changes_no_plan():
             optimizer.step()
             optimizer.zero_grad()
     assert optimizer.plan is plan
+
+
+@pytest.mark.parametrize("made", ["in turn", "at once"])
+def test_two_optimizers_that_freeze_each_others_part_of_one_model_keep_their_plans(made):
+    """Both look before every forward of the whole, of which the other trains a part."""
+    model = mlp(5, 8, 8, 3)
+    parts, optimizers = (model[:2], model[2:]), []
+    for i, part in enumerate(parts):
+        for j, other in enumerate(parts):
+            other.requires_grad_(made == "at once" or i == j)
+        optimizers.append(KFQN(model, params=part.parameters()))
+    plans = []
+    with silence():
+        for step in range(8):
+            for i, part in enumerate(parts):
+                part.requires_grad_(step % 2 == i)
+            squares(model)().backward()
+            optimizers[step % 2].step()
+            model.zero_grad()
+            plans.append([optimizer.plan for optimizer in optimizers])
+    assert all(plan is last for now in plans[2:] for plan, last in zip(now, plans[1], strict=True))
+    assert all(layer.started for optimizer in optimizers for layer in optimizer.layers.values())
+
+
+@pytest.mark.parametrize("zero", ["first", "last"])
+def test_what_is_unfrozen_and_given_in_a_group_of_its_own_is_seen_at_once(zero):
+    model = mlp(5, 8, 3)
+    model[0].requires_grad_(False)
+    optimizer = KFQN(model, params=model[2].parameters())
+    for step in range(3):
+        if step == 2:
+            model[0].requires_grad_(True)
+            optimizer.add_param_group({"params": list(model[0].parameters())})
+        if zero == "first":
+            optimizer.zero_grad()
+        squares(model)().backward()
+        optimizer.step()
+        if zero == "last":
+            optimizer.zero_grad()
+    assert optimizer.layers["0"].started
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_hooks_that_were_removed_do_not_come_back(change):
+    """Whatever the optimizer is still asked: a model to be exported has none."""
+    model = changing(change)
+    optimizer = KFQN(model)
+    train(optimizer, squares(model), 2)
+    optimizer.remove_hooks()
+    change(model)
+    optimizer.zero_grad()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not any(getattr(p, "_post_accumulate_grad_hooks", None) for p in model.parameters())
 
 
 # -- what becomes of gradients
