@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfqn_core import KFQN
 from kfqn_core.training import length
+from kfqn_core.training.finite import all_finite
 from kfqn_core.training.groups import plain_step
 from kfqn_core.training.sharded import ShardedMomenta
 from tests.test_groups import F64, FACTORS, LAYERS, drawn, layers_after_three_steps, look
@@ -145,6 +146,16 @@ class Calls(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.count += not function.is_view
         return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_gradient_in_half_precision_is_finite_whatever_its_length(dtype):
+    """Of float16 the largest number is 65,504, and the length of this gradient is 2.4 million."""
+    p = nn.Parameter(torch.zeros(80, 80, dtype=dtype))
+    p.grad = torch.full_like(p, 30_000.0)
+    finite, lengths = all_finite([p], None, None, None, torch.device("cpu"))
+    assert finite
+    assert error(lengths[p], torch.tensor(80 * 30_000.0)) < 2**-8  # what bfloat16 makes of 30,000
 
 
 @pytest.mark.parametrize("decay", [{}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "decoupled_weight_decay": False}])

@@ -31,6 +31,7 @@ from kfqn_core.estimate import graph
 from kfqn_core.estimate.registered import AccumulatedHook, ForwardHook, remove
 from kfqn_core.estimate.statistics import Record, Use, serials, thin, version_of
 from kfqn_core.layers import Call, Part
+from kfqn_core.layers.view import dtype_of_sums
 from kfqn_core.parallel.ranks import Ranks
 from kfqn_core.parallel.shards import is_shard
 
@@ -174,7 +175,7 @@ class Watch:
         return self._module, self.part.weight
 
     def watches(self, part: Part) -> bool:
-        """Whether it can go on for this part of its module: with the same weight, and the same bias or none."""
+        """Whether it can go on for this part of its module: the same weight, of the same size with its bias."""
         own, view = self.part.view, part.view
         alike = (own.groups, own.d_out, own.d_in) == (view.groups, view.d_out, view.d_in)
         return alike and self.remove.alive and self._module.get_parameter(part.weight) is self._weight
@@ -328,7 +329,7 @@ class Watch:
         self._accumulations += 1
         self._gradient = weakref.ref(grad), grad._version
         if self.outputs and not self._sharded:
-            self._size = torch.linalg.vector_norm(grad.detach(), dtype=torch.promote_types(grad.dtype, torch.float32))
+            self._size = torch.linalg.vector_norm(grad.detach(), dtype=dtype_of_sums(grad))
 
 
 class _Sight:

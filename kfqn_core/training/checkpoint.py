@@ -35,7 +35,7 @@ class History:
         steps: taken or skipped.
         warm_started: whether every `A` was estimated before the first of them.
         refused: names of the layers that were left to the fallback.
-        anew: whether what was seen since the last step may be gone with the plan that saw it.
+        anew: whether layers may have been used before there were hooks to see it, since a plan or a state is new.
     """
 
     steps: int = 0

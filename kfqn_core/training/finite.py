@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kfqn_core.estimate.statistics import Record
+from kfqn_core.layers.view import dtype_of_sums
 from kfqn_core.parallel.shards import local
 from kfqn_core.training.answer import Answer
 from kfqn_core.training.plan import Plan
@@ -75,7 +76,7 @@ def all_finite(
             torch._amp_foreach_non_finite_check_and_unscale_(of, torch.zeros((), device=where), inverse)
         # Of half precision in float32, whose squares do not overflow. Where those of float32 do, no direction would be
         # finite either.
-        norms = torch._foreach_norm(of, 2, dtype=torch.float32 if dtype.itemsize < 4 else dtype)
+        norms = torch._foreach_norm(of, 2, dtype=dtype_of_sums(of[0]))
         lengths.update(zip(owners[where, dtype], norms, strict=True))
         flags.append((torch.stack(norms) < torch.inf).all().to(device))
     if isinstance(loss, Tensor):

@@ -45,9 +45,9 @@ class Options:
         memory: pairs kept by a limited-memory `H_g` (K-BFGS(L)); `None` keeps a dense `H_g`.
         pair_momentum: weight of the past in the running average of the secant pairs. Use 0 with full-batch gradients.
         mu1: Powell's constant for `H_g`, in (0, 1).
-        refresh: curvature is updated every `refresh` steps; only these steps pay for a second pass. `None` begins with
-            every step, where curvature changes fastest, and grows the interval to ten steps (`refreshes`). Layers that
-            such a step does not reach follow in the next that does (`Plan.due`).
+        refresh: curvature is updated every `refresh` steps. `None` begins with every step, where curvature changes
+            fastest, and grows the interval to ten steps (`refreshes`). Layers that such a step does not reach follow in
+            the next that does (`Plan.due`). Only steps that update something pay for a second pass.
         step_length: `"raw"` moves layers by `lr D`, and other parameters by `lr` times their averaged gradient (the
             papers); `"normalised"` moves layers by `lr 0.2 sqrt(numel D) / ||D||_F D`, and others by Adam;
             `"normalised_rows"` gives each row of D, that is the weights of each output unit, the length `3 lr`,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 newer_torch = pytest.mark.skipif(
     torch.__version__ < "2.7", reason="torch 2.6 does not compile or export a model with hooks as newer ones do"
 )
+FORMED = {"activation_factor": "action", "refresh": 1}  # H_a is a matrix, and every step teaches it
 ADAM = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8}  # what the fallback is, unless a user says otherwise
 
 
