@@ -94,7 +94,7 @@ class Method:
                 "deep": length.DEEP,
                 "thin": length.THIN,
                 "kept": steadiness.KEPT,
-                "steady": "weights",
+                "steady": "mean length",
             }
         if self.constructor is KFQN and settings["refresh"] is None:
             settings = {**settings, "growth": INTERVAL_GROWTH}

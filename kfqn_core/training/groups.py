@@ -58,7 +58,7 @@ class Group:
         M: the momentum, `[B, d_out, d]` with the bias column apart.
         factors: on "meta" where another rank keeps them.
         held: whether this rank keeps them.
-        steady: `[L]`, what `steadiness` keeps of every layer; None where the length of a step does not ask for it.
+        steady: `[L, 2]`, what `steadiness` keeps of every layer; None where the length of a step does not ask for it.
         started: bool `[L]`, whether `H_a` has had its first estimate.
         shards: where parameters are sharded, this rank's part of the momentum of each; empty where they are not.
         unsettled: the layers of which the host does not know that they have.
@@ -89,7 +89,7 @@ class Group:
         self.factors = self._new_factors(device if self.held else torch.device("meta"))
         self.steady: Tensor | None = None
         if options.step_length == "normalised_rows":
-            self.steady = torch.zeros(len(layers), **like)
+            self.steady = torch.tensor([0.0, 1.0], **like).repeat(len(layers), 1)
         self.started = torch.zeros(len(layers), dtype=torch.bool, device=device)
         self.unsettled = set(range(len(layers)))
         self._answer: Answer | None = None

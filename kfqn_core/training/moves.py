@@ -48,6 +48,7 @@ class Moves:
     def __init__(self, groups: Sequence[tuple[Group, Indices]], depth: int = 1, bench: Bench | None = None):
         self._groups, self._bench = groups, bench
         self._depth = depth
+        self._of_weights = {id(group): index for group, (index, _) in groups}  # the parameter group of their weights
         self._lengths: dict[tuple[int, ...], Lengths] = {}
         self._workspaces: dict[tuple[int, ...], _Workspace] = {}
         members: dict[tuple[Any, ...], list[tuple[Group, int]]] = {}
@@ -83,9 +84,8 @@ class Moves:
             lengths: of the gradients, by parameter.
             drop: whether entries of M below `NOTHING` become zero.
         """
-        of_weights = {id(group): index for group, (index, _) in self._groups}
         for (_, device), (steady, groups) in self._steady.items():
-            momentum = [settings[of_weights[id(group)]]["momentum"] for group in groups for _ in group.layers]
+            momentum = [settings[self._of_weights[id(group)]]["momentum"] for group in groups for _ in group.layers]
             steady.observe(lengths, momentum, finite.to(device))
         for index, flat, members in self._flats:
             of = settings[index]
@@ -114,7 +114,7 @@ class Moves:
             rates = {i: (taken * settings[i]["lr"]).reshape(()) for i in {i for _, indices in members for i in indices}}
             for i, rate in rates.items():
                 self._decay(i, rate, members, settings[i])
-            self._move(members, rates, {i: settings[i]["peak_lr"] for i in rates})
+            self._move(members, rates, settings)
         for momenta in self._sharded if moving else ():
             momenta.release()
             for steady, groups in self._steady.values():
@@ -130,19 +130,17 @@ class Moves:
             kinds.setdefault((group.M.W.dtype, group.M.W.device), []).append((group, indices))
         return kinds
 
-    def _move(
-        self, members: list[tuple[Group, Indices]], rates: Mapping[int, Tensor], peaks: Mapping[int, float | Tensor]
-    ) -> None:
+    def _move(self, members: list[tuple[Group, Indices]], rates: Mapping[int, Tensor], settings: Settings) -> None:
         space = self._workspace(members)
         fetched = directions([group for group, _ in members], space.directions)
         for (group, _), D, norms in zip(members, space.directions, space.norms_of, strict=True):
             torch.linalg.vector_norm(D if group in fetched else group.direction(D), dim=-1, out=norms)
         units = space.lengths.divisors(space.norms, members[0][0].options.step_length)
-        kept = self._kept([group for group, _ in members])
+        shares = self._shares([group for group, _ in members], settings)
         space.make_steps()
         for i, rate in rates.items():
-            if kept is not None:
-                rate = space.lengths.rows_of(steadiness.rates(rate, peaks[i], kept))
+            if shares is not None:
+                rate = space.lengths.rows_of(rate * shares)
             # Where the step is skipped the rate is zero, and what D is divided by infinite.
             torch.div(units, rate, out=space.divisors[i])
         for k, (_, indices) in enumerate(members):
@@ -152,16 +150,17 @@ class Moves:
         moving = [(local(p), step()) for p, step in space.as_parameters if p.grad is not None]
         torch._foreach_sub_([p for p, _ in moving], [step for _, step in moving])
 
-    def _kept(self, groups: Sequence[Group]) -> Tensor | None:
-        """What the momenta of these groups keep of the gradients, `[layers]`; None if steps do not depend on it."""
+    def _shares(self, groups: Sequence[Group], settings: Settings) -> Tensor | None:
+        """Of a full step, of the layers of these groups, `[layers]`; None if steps do not depend on it."""
         place = self._steady.get((groups[0].M.W.dtype, groups[0].M.W.device))
         if place is None:
             return None
         steady, of_groups = place
-        kept = steady.kept()
+        standing = {i: steadiness.stands(settings[i]["lr"], settings[i]["peak_lr"]) for i in self._of_weights.values()}
+        shares = steady.shares([standing[self._of_weights[id(group)]] for group in of_groups for _ in group.layers])
         if len(groups) == len(of_groups):
-            return kept
-        parts = dict(zip(map(id, of_groups), kept.split([len(group.layers) for group in of_groups]), strict=True))
+            return shares
+        parts = dict(zip(map(id, of_groups), shares.split([len(group.layers) for group in of_groups]), strict=True))
         return torch.cat([parts[id(group)] for group in groups])
 
     def _lengths_of(self, members: Sequence[tuple[Group, Indices]]) -> Lengths:
@@ -268,11 +267,11 @@ def _flattened(members: list[tuple[Group, int]]) -> Tensor:
 
 def _steadiness(groups: Sequence[Group]) -> Steadiness:
     """That of several groups, of which they get views in their place."""
-    squares = torch.cat([group.steady for group in groups if group.steady is not None])
-    for group, part in zip(groups, squares.split([len(group.layers) for group in groups]), strict=True):
+    state = torch.cat([group.steady for group in groups if group.steady is not None])
+    for group, part in zip(groups, state.split([len(group.layers) for group in groups]), strict=True):
         group.steady = part
     weights = [layer.weight for group in groups for layer in group.layers]
-    return Steadiness(squares, weights, _of_weights(groups))
+    return Steadiness(state, weights, _of_weights(groups))
 
 
 def _of_weights(groups: Sequence[Group]) -> list[Tensor]:

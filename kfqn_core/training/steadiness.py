@@ -2,12 +2,14 @@
 
 `M` averages `G` over the last `1 / (1 - momentum)` mini-batches. Of a gradient that stays as it is `M` keeps the whole
 length, of pure noise `sqrt((1 - mu) / (1 + mu))` of it, 0.23 for `mu = 0.9`; a normalised step is as long for both. So
-small mini-batches, and every run towards its end, would be led by noise. Layer by layer the rate is therefore at most
+small mini-batches, and every run at a constant rate towards its end, would be led by noise. Layer by layer the rate is
 
-    share * (largest rate so far),   share = min(1, ||M|| / (KEPT rms ||G||)):
+    rate * share,   share = min(1, ||M|| / (KEPT mean ||G||)),
 
-steps shorten where a schedule would have to shorten them, and where a schedule has done so they are as it says. All of
-it comes from lengths that are known, or are found in one pass: those of the weights, without their biases.
+with the mean that has the weights of M; by the triangle inequality M keeps at most all. The share follows the gradients
+while the rate stands at its largest so far. Once a schedule lowers the rate it stays as it is: steps then fall as the
+schedule says, and not twice. All of it comes from lengths that are known, or are found in one pass: those of the
+weights, without their biases.
 """
 
 from __future__ import annotations
@@ -17,58 +19,57 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-KEPT = 0.3  # of the gradient's length: from there on steps have their full length (benchmarks/NOTES.md)
+KEPT = 0.5  # of the gradient's length: from there on steps have their full length (benchmarks/NOTES.md)
+# Of its largest value: from there on a rate stands at it. Less than one, since schedules round, and a constant rate that
+# a warm-up has led to is to be known as one.
+STANDS = 0.99
 
 
-def observe(squares: Tensor, lengths: Tensor, toward: float | Tensor, where: Tensor) -> None:
+def observe(means: Tensor, lengths: Tensor, toward: float | Tensor, where: Tensor) -> None:
     """Take in a mini-batch.
 
     Args:
-        squares: `[layers]`, averages of `||G||^2` from zero, with the weights that M has. Changed in place.
-        lengths: `[layers]`, `||G||`; written over.
+        means: `[layers]`, averages of `||G||` from zero, with the weights that M has. Changed in place.
+        lengths: `[layers]`, `||G||`.
         toward: `1 - momentum`, a number or `[layers]`.
         where: bool, a scalar or `[layers]`; elsewhere nothing changes, whatever stands in `lengths`.
     """
-    squares.lerp_(torch.where(where, lengths.square_(), squares), toward)
+    means.lerp_(torch.where(where, lengths, means), toward)
 
 
-def kept(squares: Tensor, lengths: Tensor) -> Tensor:
-    """What M keeps of the gradient, `||M|| / rms ||G||`, `[layers]`; not a number, or infinite, where nothing was seen.
-
-    Both averages begin at zero. What that does to their quotient, `sqrt(1 - momentum^t)`, is over after two steps.
+def kept(means: Tensor, lengths: Tensor) -> Tensor:
+    """What M keeps of the gradient, `||M|| / mean ||G||`, `[layers]`; not a number, or infinite, where nothing was seen.
 
     Args:
-        squares: `[layers]`, as `observe` leaves them.
+        means: `[layers]`, as `observe` leaves them.
         lengths: `[layers]`, `||M||`; written over.
     """
-    return lengths.div_(squares.sqrt())
+    return lengths.div_(means)
 
 
-def rates(rate: Tensor, peak: float | Tensor, kept: Tensor) -> Tensor:
-    """The rate of every layer, `[layers]`: `rate`, or less where M keeps little of the gradient.
+def shares(kept: Tensor) -> Tensor:
+    """Of a full step, `[layers]`: one where M keeps `KEPT` or more, or where that is not a number."""
+    return torch.where(kept < KEPT, kept / KEPT, 1.0)
 
-    Since `rate` is at most `peak`, a share above one changes nothing.
 
-    Args:
-        rate: scalar, of this step; zero where it is skipped.
-        peak: the largest rate so far.
-        kept: `[layers]`; where it is not a number the rate is as it is.
-    """
-    return torch.fmin(rate, kept * (peak / KEPT))
+def stands(rate: float | Tensor, peak: float | Tensor) -> bool | Tensor:
+    """Whether a rate stands at its largest value so far."""
+    return rate >= STANDS * peak
 
 
 class Steadiness:
     """What is kept of several layers, with their weights and momenta.
 
     Args:
-        squares: `[layers]`, changed in place.
+        state: `[layers, 2]`, the mean length of the gradient and the share, changed in place.
         weights: of the layers.
         M: momenta of the weights; may be replaced by others of the same shapes.
     """
 
-    def __init__(self, squares: Tensor, weights: Sequence[nn.Parameter], M: Sequence[Tensor]):
-        self._squares, self._weights, self.M = squares, weights, list(M)
-        self._momenta: dict[tuple[float, ...], Tensor] = {}  # `[layers]`, made once: a copy waits for the device
+    def __init__(self, state: Tensor, weights: Sequence[nn.Parameter], M: Sequence[Tensor]):
+        self._means, self._shares = state.unbind(-1)
+        self._weights, self.M = weights, list(M)
+        self._by_layer: dict[tuple[float, ...], Tensor] = {}  # `[layers]`, made once: a copy waits for the device
 
     def observe(self, lengths: Mapping[nn.Parameter, Tensor], momenta: Sequence[float], taken: Tensor) -> None:
         """Take in a mini-batch, for layers whose weight has a gradient.
@@ -81,19 +82,35 @@ class Steadiness:
         if all(p.grad is not None for p in self._weights):
             of_weights = [lengths[p] for p in self._weights]
         else:
-            none = self._squares.new_zeros(())
+            none = self._means.new_zeros(())
             of_weights = [none if p.grad is None else lengths[p] for p in self._weights]
             taken = taken & torch.tensor([p.grad is not None for p in self._weights], device=taken.device)
-        here = torch.stack(of_weights).to(self._squares.dtype)
-        observe(self._squares, here, 1 - self._momentum(tuple(momenta)), taken)
+        here = torch.stack(of_weights).to(self._means.dtype)
+        observe(self._means, here, 1 - self._of_layers(momenta), taken)
 
-    def kept(self) -> Tensor:
-        """`[layers]`, of the gradient."""
-        return kept(self._squares, torch.stack(torch._foreach_norm(self.M)))
+    def shares(self, standing: Sequence[bool | Tensor]) -> Tensor:
+        """Of a full step, `[layers]`: what the momenta are worth, or have been while the rate stood at its largest.
 
-    def _momentum(self, momenta: tuple[float, ...]) -> float | Tensor:
-        if len(set(momenta)) == 1:
-            return momenta[0]
-        if momenta not in self._momenta:
-            self._momenta = {momenta: self._squares.new_tensor(momenta)}
-        return self._momenta[momenta]
+        Args:
+            standing: of every layer, whether the rate of its weight does.
+        """
+        here = standing[0]
+        if any(isinstance(value, Tensor) for value in standing):
+            if any(value is not here for value in standing):
+                here = torch.stack([torch.as_tensor(value, device=self._shares.device).reshape(()) for value in standing])
+        elif not any(standing):
+            return self._shares
+        elif not all(standing):
+            here = self._of_layers([float(value) for value in standing]) > 0
+        found = shares(kept(self._means, torch.stack(torch._foreach_norm(self.M))))
+        self._shares.copy_(torch.where(here, found, self._shares) if isinstance(here, Tensor) else found)
+        return self._shares
+
+    def _of_layers(self, numbers: Sequence[float]) -> float | Tensor:
+        """One number, if it is that of every layer, else `[layers]`."""
+        key = tuple(numbers)
+        if len(set(key)) == 1:
+            return key[0]
+        if key not in self._by_layer:
+            self._by_layer[key] = self._means.new_tensor(key)
+        return self._by_layer[key]
