@@ -31,6 +31,15 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("kfqn-core", "torch", "numpy", "scipy", "scikit-learn", "pytorch_optimizer", "opt_einsum")
 
 
+# How long a step of KFQN is, which its costs do not depend on: as many operations, with other numbers.
+LENGTHS = frozenset({"row", "deep", "thin", "kept", "steady"})
+
+
+def costly(settings: dict[str, Any]) -> dict[str, Any]:
+    """Of the settings of a method those that decide what a step costs."""
+    return {key: value for key, value in settings.items() if key not in LENGTHS}
+
+
 class Results:
     """The results of one problem in `folder`, read at once and appended to."""
 
@@ -44,7 +53,10 @@ class Results:
                 if line["kind"] == kind and all(line.get(key) == value for key, value in wanted.items())]  # fmt: skip
 
     def of(self, kind: str, method: Method, **wanted: Any) -> list[dict[str, Any]]:
-        """The records of a method with the settings that it has now."""
+        """The records of a method with the settings that it has now; of its cost also under others that cost the same."""
+        if kind == "step cost":
+            now = costly(method.described())
+            return [line for line in self.find(kind, method=method.name, **wanted) if costly(line["settings"]) == now]
         return self.find(kind, method=method.name, settings=method.described(), **wanted)
 
     def add(self, kind: str, method: Method | None, **fields: Any) -> dict[str, Any]:

@@ -51,8 +51,8 @@ class Options:
         step_length: `"raw"` moves layers by `lr D`, and other parameters by `lr` times their averaged gradient (the
             papers); `"normalised"` moves layers by `lr 0.2 sqrt(numel D) / ||D||_F D`, and others by Adam;
             `"normalised_rows"` gives each row of D, that is the weights of each output unit, the length `3 lr`,
-            shorter where the gradient is mostly noise (`steadiness`), in layers with more than eight inputs for each
-            output, and in networks of more than twelve layers (`length`).
+            shorter where the gradient is mostly noise while the rate stands (`steadiness`), in layers with more than
+            eight inputs for each output, and in networks of more than twelve layers (`length`).
         safeguard: take a step back after which the loss of its mini-batch is larger, or not finite, and after
             two in a row halve the next, until one lowers it. Only
             `pairs="second_pass"` knows that loss, and for nothing; the closure must return it. Costs a copy of the

@@ -301,6 +301,16 @@ def test_changed_settings_are_another_method(tmp_path):
     assert not Results("P2", tmp_path).find("run")
 
 
+def test_a_step_of_another_length_costs_the_same_and_with_another_factor_not(tmp_path, monkeypatch):
+    results, ours = Results("P2", tmp_path), METHODS["kfqn"]
+    results.add("step cost", ours, **COST)
+    results.add("run", ours)
+    monkeypatch.setattr("kfqn_core.training.steadiness.KEPT", 0.1)
+    assert results.of("step cost", ours)
+    assert not results.of("run", ours)
+    assert not results.of("step cost", replace(ours, settings={"activation_factor": "action"}))
+
+
 def test_a_diverging_run_and_a_crashing_method_are_recorded():
     diverged = run(TASK, METHODS["sgd"], 1e38, "cosine", 0, 10)
     assert diverged["train loss"] is None

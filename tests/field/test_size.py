@@ -78,9 +78,8 @@ def test_the_state_is_at_most_adams_and_the_table_says_what_is_held(make, dtype)
     adam.step()
     of_adam = sum(t.numel() * t.element_size() for of in adam.state.values() for t in of.values())
     assert of_adam == table.adam_bytes
-    assert held <= of_adam + 5 * len(
-        optimizer.layers
-    )  # a flag and a number of every layer, in place of Adam's counters
+    # A flag and two numbers of every layer, in place of Adam's counters.
+    assert held <= of_adam + 9 * len(optimizer.layers)
 
 
 def test_the_state_of_a_layer_that_is_added_is_at_most_adams_too():
