@@ -47,9 +47,10 @@ def kept(means: Tensor, lengths: Tensor) -> Tensor:
     return lengths.div_(means)
 
 
-def shares(kept: Tensor) -> Tensor:
-    """Of a full step, `[layers]`: one where M keeps `KEPT` or more, or where that is not a number."""
-    return torch.where(kept < KEPT, kept / KEPT, 1.0)
+def shares(kept: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Of a full step, `[layers]`: one where M keeps `KEPT` or more, or where that is not a number; `kept` is written
+    over."""
+    return torch.fmin(kept.div_(KEPT), torch.ones((), dtype=kept.dtype, device=kept.device), out=out)
 
 
 def stands(rate: float | Tensor, peak: float | Tensor) -> bool | Tensor:
@@ -102,8 +103,11 @@ class Steadiness:
             return self._shares
         elif not all(standing):
             here = self._of_layers([float(value) for value in standing]) > 0
-        found = shares(kept(self._means, torch.stack(torch._foreach_norm(self.M))))
-        self._shares.copy_(torch.where(here, found, self._shares) if isinstance(here, Tensor) else found)
+        of_M = kept(self._means, torch.stack(torch._foreach_norm(self.M)))
+        if isinstance(here, Tensor):
+            self._shares.copy_(torch.where(here, shares(of_M), self._shares))
+        else:
+            shares(of_M, out=self._shares)
         return self._shares
 
     def _of_layers(self, numbers: Sequence[float]) -> float | Tensor:
