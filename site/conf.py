@@ -106,6 +106,8 @@ def as_rst(app, what, name, obj, options, lines):
     text = "\n".join(lines)
     text = re.sub(r"(^|(?<=\n\n))( {4}.+)", r".. code-block:: python\n\n\2", text)
     lines[:] = re.sub(r"(?<!`)`([^`]+)`(?!`)", r"``\1``", text).split("\n")
+    if what in ("attribute", "property"):  # in whose first line Google's style takes what precedes a colon for a type
+        lines[:0] = ["..", ""]  # an empty comment
 
 
 def setup(app):
