@@ -77,7 +77,7 @@ def test_the_arrow_of_a_closed_box_lies_inside_its_title(tab, page, width):
     tab.open(page, width)
     outside = """Array.from(document.querySelectorAll("article .admonition-title > .toggle-button")).filter(button => {
       const [arrow, title] = [button, button.parentElement].map(box => box.getBoundingClientRect());
-      return title.height && (arrow.top < title.top - 1 || arrow.bottom > title.bottom + 1 || arrow.right > title.right + 1);
+      return title.height && (arrow.top < title.top || arrow.bottom > title.bottom || arrow.right > title.right);
     }).map(button => button.parentElement.textContent.trim().slice(0, 60))"""
     assert tab.run(outside) == []
 
