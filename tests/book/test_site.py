@@ -4,6 +4,7 @@ import re
 import runpy
 
 import pytest
+from docutils import nodes
 from sphinx.ext.napoleon import GoogleDocstring
 
 from tests.book import tiny
@@ -184,3 +185,12 @@ def test_the_docstring_of_a_property_may_have_a_colon():
     page = str(GoogleDocstring(lines, what="property", name="layers"))
     assert ":type:" not in page
     assert "Layers by name: parameters and ``A``." in page
+
+
+def test_a_line_does_not_begin_with_the_punctuation_after_a_formula():
+    settings = runpy.run_path(str(ROOT / "site" / "conf.py"))
+    words = nodes.Text("by "), nodes.math("", "x"), nodes.Text("), and "), nodes.math("", "y"), nodes.Text(" too")
+    paragraph = nodes.paragraph("", "", *words)
+    settings["formulas_keep_punctuation"](None, paragraph, "page")
+    assert [child.astext() for child in paragraph] == ["by ", "x),", " and ", "y", " too"]
+    assert paragraph[1]["classes"] == ["together"]
