@@ -101,15 +101,29 @@ def formulas_in_links(app, doctree, docname):
             link += [child.deepcopy() for child in title.children]
 
 
+def formulas_keep_punctuation(app, doctree, docname):
+    """A line does not begin with the full stop that follows a formula: browsers break on either side of one."""
+    for formula in list(doctree.findall(nodes.math)):
+        after = formula.next_node(descend=False, siblings=True)
+        if not isinstance(after, nodes.Text) or not (marks := re.match(r"[.,;:?!)\]]+", after)):
+            continue
+        parent = formula.parent
+        parent.replace(after, nodes.Text(after[marks.end() :]))
+        parent.replace(formula, nodes.inline("", "", formula.deepcopy(), nodes.Text(marks[0]), classes=["together"]))
+
+
 def as_rst(app, what, name, obj, options, lines):
     """Docstrings are written as Markdown is: an indented paragraph is code, as is what stands in single backticks."""
     text = "\n".join(lines)
     text = re.sub(r"(^|(?<=\n\n))( {4}.+)", r".. code-block:: python\n\n\2", text)
     lines[:] = re.sub(r"(?<!`)`([^`]+)`(?!`)", r"``\1``", text).split("\n")
+    if what in ("attribute", "property"):  # in whose first line Google's style takes what precedes a colon for a type
+        lines[:0] = ["..", ""]  # an empty comment
 
 
 def setup(app):
     app.set_html_assets_policy("always")  # the list of chapters has formulas, on pages without any as well
     app.connect("autodoc-process-docstring", as_rst, priority=400)  # before Google's sections are read
     app.connect("doctree-resolved", formulas_in_links)
+    app.connect("doctree-resolved", formulas_keep_punctuation, priority=600)  # when links have their formulas
     app.connect("env-get-updated", number_by_slug, priority=600)  # after Sphinx's own collector, at 500

@@ -72,6 +72,17 @@ def test_formulas_fit_the_column_of_a_wide_window(tab, page):
 
 
 @each
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_arrow_of_a_closed_box_lies_inside_its_title(tab, page, width):
+    tab.open(page, width)
+    outside = """Array.from(document.querySelectorAll("article .admonition-title > .toggle-button")).filter(button => {
+      const [arrow, title] = [button, button.parentElement].map(box => box.getBoundingClientRect());
+      return title.height && (arrow.top < title.top || arrow.bottom > title.bottom || arrow.right > title.right);
+    }).map(button => button.parentElement.textContent.trim().slice(0, 60))"""
+    assert tab.run(outside) == []
+
+
+@each
 def test_the_keyboard_stops_at_what_can_be_used_and_not_at_formulas(tab, page):
     tab.open(page)
     assert tab.run("document.querySelectorAll('.math [tabindex=\"0\"]:not(.wide)').length") == 0

@@ -1,8 +1,11 @@
 """The site shows chapter numbers, stubs and the ledger, loads nothing from outside, and survives a failed build."""
 
 import re
+import runpy
 
 import pytest
+from docutils import nodes
+from sphinx.ext.napoleon import GoogleDocstring
 
 from tests.book import tiny
 from tools import ledger, manifest, notebooks, site
@@ -173,3 +176,21 @@ def test_every_room_and_test_of_the_real_ledger_has_a_listing():
     assert set(re.findall(r"<(room-[^>]+|test-[^>]+)>`", page)) == set(
         re.findall(r"^\((room-.+|test-.+)\)=", page, re.M)
     )
+
+
+def test_the_docstring_of_a_property_may_have_a_colon():
+    settings = runpy.run_path(str(ROOT / "site" / "conf.py"))
+    lines = ["Layers by name: parameters and `A`."]
+    settings["as_rst"](None, "property", "KFQN.layers", None, None, lines)
+    page = str(GoogleDocstring(lines, what="property", name="layers"))
+    assert ":type:" not in page
+    assert "Layers by name: parameters and ``A``." in page
+
+
+def test_a_line_does_not_begin_with_the_punctuation_after_a_formula():
+    settings = runpy.run_path(str(ROOT / "site" / "conf.py"))
+    words = nodes.Text("by "), nodes.math("", "x"), nodes.Text("), and "), nodes.math("", "y"), nodes.Text(" too")
+    paragraph = nodes.paragraph("", "", *words)
+    settings["formulas_keep_punctuation"](None, paragraph, "page")
+    assert [child.astext() for child in paragraph] == ["by ", "x),", " and ", "y", " too"]
+    assert paragraph[1]["classes"] == ["together"]
