@@ -53,7 +53,7 @@ class Results:
                 if line["kind"] == kind and all(line.get(key) == value for key, value in wanted.items())]  # fmt: skip
 
     def of(self, kind: str, method: Method, **wanted: Any) -> list[dict[str, Any]]:
-        """The records of a method with the settings that it has now; of its cost also under others that cost the same."""
+        """The records of a method with the settings that it has now; of its cost, with those that cost the same."""
         if kind == "step cost":
             now = costly(method.described())
             return [line for line in self.find(kind, method=method.name, **wanted) if costly(line["settings"]) == now]

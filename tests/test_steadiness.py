@@ -130,7 +130,7 @@ def test_steps_led_by_noise_are_shorter_layer_by_layer():
 
 
 def test_a_rate_that_falls_leaves_the_share_as_it_was():
-    """Steps fall as the schedule says: from the first step on they are full, and from a stretch of noise as they were."""
+    """Steps fall as the schedule says: full ones from the first step on, and after a stretch of noise as short."""
     _, falling, of_line = noisy_run(40, schedule=lambda t: 1.0 - t / 40)
     assert shares_of(falling) == dict.fromkeys("abc", 1.0)
     for of_layer in of_line.values():
@@ -146,7 +146,7 @@ def test_a_rate_that_falls_leaves_the_share_as_it_was():
 
 
 def test_a_rate_that_a_warm_up_leads_to_stands_although_schedules_round():
-    """`LinearLR` multiplies its way up and ends a few digits beside the rate; KFQN had the whole rate when it was made."""
+    """`LinearLR` multiplies its way up and ends beside the rate, of which KFQN was made with the whole."""
     _, warmed, _ = noisy_run(40, schedule=lambda t: min(1.0 - 1e-7, (t + 1) / 8))
     assert all(share < 0.9 for share in shares_of(warmed).values())
     _, warming, _ = noisy_run(40, schedule=lambda t: (t + 1) / 50)

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 KEPT = 0.5  # of the gradient's length: from there on steps have their full length (benchmarks/NOTES.md)
-# Of its largest value: from there on a rate stands at it. Less than one, since schedules round, and a constant rate that
-# a warm-up has led to is to be known as one.
+# Of its largest value: from there on a rate stands at it. Less than one, since schedules round, and a constant rate
+# that a warm-up has led to is to be known as one.
 STANDS = 0.99
 
 
@@ -38,7 +38,7 @@ def observe(means: Tensor, lengths: Tensor, toward: float | Tensor, where: Tenso
 
 
 def kept(means: Tensor, lengths: Tensor) -> Tensor:
-    """What M keeps of the gradient, `||M|| / mean ||G||`, `[layers]`; not a number, or infinite, where nothing was seen.
+    """What M keeps of the gradient, `||M|| / mean ||G||`, `[layers]`; no finite number where nothing was seen.
 
     Args:
         means: `[layers]`, as `observe` leaves them.
@@ -98,7 +98,8 @@ class Steadiness:
         here = standing[0]
         if any(isinstance(value, Tensor) for value in standing):
             if any(value is not here for value in standing):
-                here = torch.stack([torch.as_tensor(value, device=self._shares.device).reshape(()) for value in standing])
+                device = self._shares.device
+                here = torch.stack([torch.as_tensor(value, device=device).reshape(()) for value in standing])
         elif not any(standing):
             return self._shares
         elif not all(standing):
