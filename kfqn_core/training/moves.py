@@ -48,7 +48,6 @@ class Moves:
     def __init__(self, groups: Sequence[tuple[Group, Indices]], depth: int = 1, bench: Bench | None = None):
         self._groups, self._bench = groups, bench
         self._depth = depth
-        self._of_weights = {id(group): index for group, (index, _) in groups}  # the parameter group of their weights
         self._lengths: dict[tuple[int, ...], Lengths] = {}
         self._workspaces: dict[tuple[int, ...], _Workspace] = {}
         members: dict[tuple[Any, ...], list[tuple[Group, int]]] = {}
@@ -84,8 +83,9 @@ class Moves:
             lengths: of the gradients, by parameter.
             drop: whether entries of M below `NOTHING` become zero.
         """
+        of_weights = self._of_weights()
         for (_, device), (steady, groups) in self._steady.items():
-            momentum = [settings[self._of_weights[id(group)]]["momentum"] for group in groups for _ in group.layers]
+            momentum = [settings[of_weights[id(group)]]["momentum"] for group in groups for _ in group.layers]
             steady.observe(lengths, momentum, finite.to(device))
         for index, flat, members in self._flats:
             of = settings[index]
@@ -156,12 +156,17 @@ class Moves:
         if place is None:
             return None
         steady, of_groups = place
-        standing = {i: steadiness.stands(settings[i]["lr"], settings[i]["peak_lr"]) for i in self._of_weights.values()}
-        shares = steady.shares([standing[self._of_weights[id(group)]] for group in of_groups for _ in group.layers])
+        of_weights = self._of_weights()
+        standing = {i: steadiness.stands(settings[i]["lr"], settings[i]["peak_lr"]) for i in of_weights.values()}
+        shares = steady.shares([standing[of_weights[id(group)]] for group in of_groups for _ in group.layers])
         if len(groups) == len(of_groups):
             return shares
         parts = dict(zip(map(id, of_groups), shares.split([len(group.layers) for group in of_groups]), strict=True))
         return torch.cat([parts[id(group)] for group in groups])
+
+    def _of_weights(self) -> dict[int, int]:
+        """The parameter group of the weights of every group, by its id."""
+        return {id(group): index for group, (index, _) in self._groups}
 
     def _lengths_of(self, members: Sequence[tuple[Group, Indices]]) -> Lengths:
         key = tuple(id(group) for group, _ in members)

@@ -4,8 +4,6 @@ import re
 import runpy
 
 import pytest
-from docutils import nodes
-from sphinx.ext.napoleon import GoogleDocstring
 
 from tests.book import tiny
 from tools import ledger, manifest, notebooks, site
@@ -179,6 +177,8 @@ def test_every_room_and_test_of_the_real_ledger_has_a_listing():
 
 
 def test_the_docstring_of_a_property_may_have_a_colon():
+    from sphinx.ext.napoleon import GoogleDocstring
+
     settings = runpy.run_path(str(ROOT / "site" / "conf.py"))
     lines = ["Layers by name: parameters and `A`."]
     settings["as_rst"](None, "property", "KFQN.layers", None, None, lines)
@@ -188,6 +188,8 @@ def test_the_docstring_of_a_property_may_have_a_colon():
 
 
 def test_a_line_does_not_begin_with_the_punctuation_after_a_formula():
+    from docutils import nodes
+
     settings = runpy.run_path(str(ROOT / "site" / "conf.py"))
     words = nodes.Text("by "), nodes.math("", "x"), nodes.Text("), and "), nodes.math("", "y"), nodes.Text(" too")
     paragraph = nodes.paragraph("", "", *words)
