@@ -25,7 +25,7 @@ from benchmarks.protocol import (
     score,
     walk,
 )
-from benchmarks.records import Results, rounded
+from benchmarks.records import LENGTHS, Results, rounded
 from benchmarks.tables import HERO, against_peers, against_tuned, summary
 from kfqn_core.lab.problems import Problem
 from kfqn_core.lab.training import cosine
@@ -305,6 +305,7 @@ def test_a_step_of_another_length_costs_the_same_and_with_another_factor_not(tmp
     results, ours = Results("P2", tmp_path), METHODS["kfqn"]
     results.add("step cost", ours, **COST)
     results.add("run", ours)
+    assert ours.described().keys() >= LENGTHS  # by the names under which they are recorded
     monkeypatch.setattr("kfqn_core.training.steadiness.KEPT", 0.1)
     assert results.of("step cost", ours)
     assert not results.of("run", ours)
